@@ -1,0 +1,90 @@
+# Every stage of granary as one command. All targets but `help` first make .venv (see setup).
+# Folders and targets share names, so every target is phony.
+.PHONY: help setup demo harvest train evaluate test check format test-compat bench
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+# harvest, train, evaluate: set on the command line, e.g. `make harvest MODEL=pythia-160m TOKENS=2M`
+MODEL ?= tiny
+DATASET ?=
+LAYERS ?=
+TOKENS ?=
+MASK_PROB ?= 0.3
+MASK_STRING ?= ...
+CACHE ?= $(shell ls -td caches/*.zarr 2>/dev/null | head -n 1)# the cache harvested last
+ARCH ?= batchtopk
+K ?=
+D_SAE ?=
+MASKED_FRACTION ?= 0,0.5
+SEEDS ?= 0
+RUNS ?= runs
+OUT ?=
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' Makefile | expand -t 22
+
+setup: .venv/installed  ## make .venv and install what constraints.txt pins (torch first)
+
+.venv/installed: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "granary needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install --quiet -r constraints.txt
+	@touch $@
+
+# The whole main job on the embedded model, offline. DEMO_SIZE=small is a smoke test of the same commands.
+DEMO ?= demo
+DEMO_SIZE ?= full
+DEMO_SEEDS_full := 0,1,2
+DEMO_SEEDS_small := 0,1
+DEMO_HARVEST_full := 400k
+DEMO_HARVEST_small := 100k
+DEMO_TRAIN_full := 500k
+DEMO_TRAIN_small := 60k
+DEMO_RUNS = $(DEMO)/runs --cache $(DEMO)/cache.zarr --arch batchtopk --arch matryoshka --k 6 \
+	--seed $(DEMO_SEEDS_$(DEMO_SIZE)) --tokens $(DEMO_TRAIN_$(DEMO_SIZE)) --batch-size 512 --lr 1e-3 --resume
+
+demo: setup  ## harvest -> train -> evaluate -> report, on the embedded model: minutes on two cores
+	@echo "1/5  harvest the embedded model, clean and masked"
+	@$(PY) -m harvest --model tiny --tokens $(DEMO_HARVEST_$(DEMO_SIZE)) --mask-prob 0.3 --out $(DEMO)/cache.zarr
+	@echo "2/5  train unmasked and masked SAEs from one read of the cache"
+	@$(PY) -m train --out $(DEMO_RUNS) --d-sae 512 --masked-fraction 0,0.5
+	@echo "3/5  train the noise control: Gaussian, displacing rows as much as the masking did"
+	@$(PY) -m train --out $(DEMO_RUNS) --d-sae 512 --masked-fraction 0 --corrupt gaussian --match-strength 0.5
+	@echo "4/5  train the capacity control: a smaller dictionary, nothing else changed"
+	@$(PY) -m train --out $(DEMO_RUNS) --d-sae 220 --masked-fraction 0
+	@echo "5/5  evaluate all of them against the known truth"
+	@$(PY) -m evaluate $(DEMO)/runs
+
+harvest: setup  ## MODEL= [DATASET= LAYERS= TOKENS= MASK_PROB= MASK_STRING= OUT=]: run the model, write a cache
+	$(PY) -m harvest --model '$(MODEL)' $(if $(DATASET),--dataset '$(DATASET)') $(if $(LAYERS),--layers $(LAYERS)) \
+		$(if $(TOKENS),--tokens $(TOKENS)) --mask-prob $(MASK_PROB) --mask-string '$(MASK_STRING)' \
+		--out '$(or $(OUT),caches/$(notdir $(MODEL)).zarr)'
+
+train: setup  ## ARCH= [CACHE= K= D_SAE= MASKED_FRACTION= SEEDS= TOKENS= OUT=]: train SAEs from a cache
+	$(PY) -m train --cache '$(or $(CACHE),caches/$(notdir $(MODEL)).zarr)' --arch $(ARCH) $(if $(K),--k $(K)) \
+		$(if $(D_SAE),--d-sae $(D_SAE)) --masked-fraction $(MASKED_FRACTION) --seed $(SEEDS) \
+		$(if $(TOKENS),--tokens $(TOKENS)) --resume --out '$(or $(OUT),runs)'
+
+evaluate: setup  ## [RUNS=]: measure the runs, write report.html
+	$(PY) -m evaluate '$(RUNS)'
+
+test: setup  ## all tests, offline
+	$(PY) -m pytest
+
+check: setup  ## lint, format, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: setup  ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+test-compat: setup  ## load a run in SAELens, in an environment of its own (.venv-compat)
+	$(PY) -m benchmarks.saelens_compat
+
+bench: setup  ## side-by-side measurements, printed as tables
+	$(PY) -m benchmarks.demo

@@ -1,0 +1,42 @@
+"""`python -m cache_spec`: what a cache holds, and whether it is whole."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_spec.cache import ActivationCache
+from cache_spec.command import run_command
+from cache_spec.info import bytes_for_people, describe
+from cache_spec.progress import Progress
+from cache_spec.verify import bytes_to_check, raise_if_not_whole, verify_cache
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Look at an activation cache. docs/cache-format.md says what its files are.",
+)
+CacheFolder = Annotated[Path, typer.Argument(metavar="CACHE", help="The cache's folder: what harvest got as --out.")]
+
+
+@app.command()
+def info(cache: CacheFolder) -> None:
+    """Say what a cache holds: model, text, hook points, variants, rows, shards, bytes. Reads no activations."""
+    print(describe(ActivationCache.open(cache, allow_partial=True)))
+
+
+@app.command()
+def verify(cache: CacheFolder) -> None:
+    """Read every byte of a cache and compare it with its checksum. Exit code 0 only if all is there and whole."""
+    n_bytes = bytes_to_check(cache)
+    with Progress(f"verify {cache.name}", n_bytes, "bytes") as progress:
+        problems = verify_cache(cache, advance=progress.advance)
+    for problem in problems:
+        print(f"{problem.kind}: {problem.file} {problem.what}")
+    raise_if_not_whole(cache, problems)
+    print(f"{cache} is whole: {bytes_for_people(n_bytes)}, every checksum matches")
+
+
+if __name__ == "__main__":
+    run_command(app)

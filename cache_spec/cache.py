@@ -1,0 +1,131 @@
+"""Reading a cache: open it, check that it is whole, hand out arrays. Nothing is decoded or copied on the way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_spec.errors import CacheDamaged, CacheError, CacheIncomplete, UserError
+from cache_spec.files import crc32c
+from cache_spec.hook_point import HookPoint
+from cache_spec.layout import ACTIVATION, COMPLETE, HARVESTING, activation_file, column_file, column_types, record_file
+from cache_spec.plan import HookPlan, Plan, VariantPlan
+from cache_spec.state import read_plan, read_records, read_root
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActivationCache:
+    """An opened cache. `shards` are those committed when it was opened; the files of each had their right sizes."""
+
+    path: Path
+    plan: Plan
+    status: str
+    shards: tuple[int, ...]
+    attributes: Mapping[str, Any] = field(repr=False)
+    records: Mapping[int, Mapping[str, Any]] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, *, allow_partial: bool = False) -> "ActivationCache":
+        """Open the cache at `path`; with `allow_partial` also one that misses shards.
+
+        Checks the plan, every commit record and the size of every file, not the contents (`verify_cache` does).
+        Raises CacheNotFound, CacheIncomplete, CacheDamaged or CacheTooNew.
+        """
+        root = Path(path)
+        plan = read_plan(root)
+        attributes = read_root(root)
+        if attributes["cache_id"] != plan.cache_id:
+            raise CacheDamaged(f"{root / 'zarr.json'} belongs to cache {attributes['cache_id']}, not {plan.cache_id}")
+        records = read_records(root, plan)
+        status = attributes["status"]
+        if status == COMPLETE and len(records) < plan.n_shards:
+            lost = next(shard for shard in range(plan.n_shards) if shard not in records)
+            raise CacheDamaged(
+                f"{root} was complete and has lost {record_file(lost)}; run the same harvest to make the shard again"
+            )
+        if status != COMPLETE and not allow_partial:
+            raise CacheIncomplete(_incomplete(root, status, len(records), plan.n_shards))
+        return cls(path=root, plan=plan, status=status, shards=tuple(records), attributes=attributes, records=records)
+
+    @property
+    def train_shards(self) -> tuple[int, ...]:
+        """The committed shards whose rows are for training."""
+        return tuple(shard for shard in self.shards if self.plan.split_of(shard) == "train")
+
+    @property
+    def held_out_shards(self) -> tuple[int, ...]:
+        """The committed shards whose rows come from documents never trained on."""
+        return tuple(shard for shard in self.shards if self.plan.split_of(shard) == "held_out")
+
+    def rows_in(self, shard: int) -> int:
+        """Rows of one shard."""
+        return self.plan.rows_in(shard)
+
+    def hook(self, text: str) -> HookPlan:
+        """The hook point written in any spelling `HookPoint.parse` knows; CacheError lists what the cache holds."""
+        try:
+            name = HookPoint.parse(text).group
+        except UserError as error:
+            raise CacheError(f"{error}; {self.path} holds {self._hook_names()}") from None
+        for hook in self.plan.hooks:
+            if hook.name == name:
+                return hook
+        raise CacheError(f"{self.path} holds {self._hook_names()}, not {text}; harvest another cache with it")
+
+    def _hook_names(self) -> str:
+        return ", ".join(hook.name for hook in self.plan.hooks)
+
+    def variant(self, name: str) -> VariantPlan:
+        """The variant of that name; CacheError lists what the cache holds."""
+        for variant in self.plan.variants:
+            if variant.name == name:
+                return variant
+        raise CacheError(f"{self.path} holds the variants {', '.join(v.name for v in self.plan.variants)}, not {name}")
+
+    def activations(self, hook_name: str, variant: str, shard: int) -> np.memmap:
+        """One shard as it lies on the disk: fp16 [rows, d_model], read-only; true value = stored x scale_factor."""
+        hook = self.hook(hook_name)
+        file = activation_file(hook.name, self.variant(variant).name, self._committed(shard))
+        shape = (self.plan.rows_in(shard), hook.d_model)
+        return np.memmap(self.path / file, dtype=ACTIVATION, mode="r", shape=shape)
+
+    def column(self, name: str, shard: int) -> np.ndarray:
+        """One shard of a column [rows]. Raises CacheDamaged if its checksum is not the recorded one."""
+        types = column_types(self.plan)
+        if name not in types:
+            raise CacheError(f"{self.path} holds the columns {', '.join(types)}, not {name}")
+        file = column_file(name, self._committed(shard))
+        padded = np.fromfile(self.path / file, types[name], count=self.plan.shard_rows)
+        if [f"{crc32c(padded):08x}"] != self.records[shard]["files"][file]["crc32c"]:
+            raise CacheDamaged(f"{self.path / file} does not match its recorded checksum")
+        return padded[: self.plan.rows_in(shard)]
+
+    def read(self, hook_name: str, variant: str, rows: np.ndarray) -> np.ndarray:
+        """Copy global rows, in any order and with repeats: [n] -> fp16 [n, d_model]."""
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
+            raise CacheError(f"rows must be a list of whole numbers, not {rows.dtype} {rows.shape}")
+        rows = rows.astype(np.int64)
+        if rows.size and not (rows.min() >= 0 and rows.max() < self.plan.n_rows):
+            raise CacheError(f"rows go from 0 to {self.plan.n_rows - 1}, not {rows.min()} to {rows.max()}")
+        shards, inside = np.divmod(rows, self.plan.shard_rows)
+        out = np.empty((len(rows), self.hook(hook_name).d_model), ACTIVATION)
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            out[chosen] = self.activations(hook_name, variant, shard)[inside[chosen]]
+        return out
+
+    def _committed(self, shard: int) -> int:
+        if shard not in self.records:
+            raise CacheError(f"{self.path} has no shard {shard}; {len(self.shards)} of {self.plan.n_shards} are there")
+        return shard
+
+
+def _incomplete(root: Path, status: str, n_there: int, n_shards: int) -> str:
+    why = "is not finished" if status == HARVESTING else "was closed early"
+    return (
+        f"{root} {why}: {n_there} of {n_shards} shards are there; run the same harvest again to finish it "
+        "(or open it with allow_partial to read what is there)"
+    )

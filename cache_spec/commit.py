@@ -1,0 +1,171 @@
+"""Writing one shard: all of its files, then the record that says it is whole."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_spec.errors import CacheError
+from cache_spec.files import (
+    Partial,
+    crc32c,
+    disk_full_as_error,
+    exclusive,
+    readable_json,
+    seal,
+    sync_folder,
+    write_new_file,
+)
+from cache_spec.layout import (
+    ACTIVATION,
+    FP16_MAX,
+    LOCK,
+    activation_file,
+    activation_file_bytes,
+    column_file,
+    column_fill,
+    column_types,
+    record_file,
+    shard_files,
+    shard_index,
+)
+from cache_spec.plan import HookPlan, Plan
+from cache_spec.state import read_record
+
+_INFINITE_BITS = 0x7C00  # fp16 without its sign: this and above are inf and NaN
+
+
+def write_shard(
+    path: str | Path,
+    plan: Plan,
+    shard: int,
+    activations: Mapping[tuple[str, str], np.ndarray],
+    columns: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Write one shard of the cache at `path` and commit it; returns its record.
+
+    `activations` maps (hook name, variant name) to fp16 [rows, d_model], already divided by the scale factor;
+    `columns` maps each column to [rows] of its exact type. A killed writer leaves nothing that looks whole.
+    If another writer has committed the shard, this copy is discarded and the other's record returned.
+
+    Raises CacheError for wrong arrays and for values that are not finite, DiskFull if the disk fills up.
+    """
+    root = Path(path)
+    _check_arrays(plan, shard, activations, columns)
+    if (committed := read_record(root, plan, shard)) is not None:
+        return committed
+    with disk_full_as_error(root, sum(shard_files(plan, shard).values())), ExitStack() as stack:
+        partials, files = [], {}
+        for hook in plan.hooks:
+            for variant in plan.variants:
+                file = activation_file(hook.name, variant.name, shard)
+                partials.append(stack.enter_context(Partial(root / file)))
+                files[file] = _write_activations(partials[-1], plan, hook, shard, activations[hook.name, variant.name])
+        for name, dtype in column_types(plan).items():
+            file = column_file(name, shard)
+            partials.append(stack.enter_context(Partial(root / file)))
+            files[file] = _write_column(partials[-1], plan, dtype, columns[name])
+        for partial in partials:
+            partial.sync()
+        return _commit(root, plan, shard, partials, files)
+
+
+def _commit(root: Path, plan: Plan, shard: int, partials: list[Partial], files: dict[str, Any]) -> dict[str, Any]:
+    """Name the files and link the record, alone: no file may be replaced once a record vouches for it."""
+    with exclusive(root / LOCK):
+        if (committed := read_record(root, plan, shard)) is not None:
+            return committed
+        for partial in partials:
+            partial.replace()
+        for folder in _new_folders(partials):
+            sync_folder(folder)
+        record = {
+            "spec_version": plan.spec_version,
+            "cache_id": plan.cache_id,
+            "shard": shard,
+            "rows": plan.rows_in(shard),
+            "files": files,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        written = write_new_file(root / record_file(shard), readable_json(seal(record)))
+        assert written, "the record appeared while the lock was held"
+    return record
+
+
+def _new_folders(partials: list[Partial]) -> list[Path]:
+    """The folders of the files, then those above that the first shard makes (`c/<s>`, `c`, the array)."""
+    folders = {partial.final.parent for partial in partials}
+    above = {folder.parent for folder in folders}
+    return [*sorted(folders), *sorted(above - folders), *sorted({f.parent for f in above} - above - folders)]
+
+
+def _write_activations(partial: Partial, plan: Plan, hook: HookPlan, shard: int, rows: np.ndarray) -> dict[str, Any]:
+    """Stream [rows, d_model] by inner chunks, then the index; returns what the record says of the file."""
+    sums, n_nonfinite, absmax, sum_squares = [], 0, 0.0, 0.0
+    for start in range(0, len(rows), plan.chunk_rows):
+        block = np.ascontiguousarray(rows[start : start + plan.chunk_rows])
+        size = block.view("<u2") & 0x7FFF  # orders like the absolute value, and integers are faster than fp16
+        n_nonfinite += int(np.count_nonzero(size >= _INFINITE_BITS)) if size.max() >= _INFINITE_BITS else 0
+        absmax = max(absmax, float(size.max().view(ACTIVATION)))
+        sum_squares += _sum_squares(size.ravel())
+        if len(block) < plan.chunk_rows:  # an inner chunk has one size; NaN is what no reader takes for data
+            block = np.concatenate([block, np.full((plan.chunk_rows - len(block), hook.d_model), np.nan, ACTIVATION)])
+        partial.write(block)
+        sums.append(f"{crc32c(block):08x}")
+    if n_nonfinite:
+        raise CacheError(
+            f"{n_nonfinite:,} values of {partial.final.parent.parent.parent} in shard {shard} are infinite or NaN, and "
+            f"fp16 ends at {FP16_MAX:,.0f}; harvest into a new cache with a scale factor above {hook.scale_factor:g}"
+        )
+    partial.write(shard_index(plan, hook, shard))
+    n_bytes = activation_file_bytes(plan, hook, shard)
+    return {"bytes": n_bytes, "crc32c": sums, "absmax": absmax, "n_nonfinite": 0, "sum_squares": sum_squares}
+
+
+def _sum_squares(size: np.ndarray) -> float:
+    """Of fp16 values given as bits without sign. Shifting the bits into float32 is eight times faster than astype."""
+    total = 0.0
+    for start in range(0, len(size), 2**16):  # stays in the cache of the core
+        values = (size[start : start + 2**16].astype("<u4") << 13).view("<f4") * np.float32(2.0**112)
+        total += float(np.dot(values, values))
+    return total
+
+
+def _write_column(partial: Partial, plan: Plan, dtype: np.dtype, values: np.ndarray) -> dict[str, Any]:
+    """Write one column, padded to a full chunk, then its CRC."""
+    padded = np.full(plan.shard_rows, column_fill(dtype), dtype)
+    padded[: len(values)] = values
+    checksum = crc32c(padded)
+    partial.write(padded)
+    partial.write(checksum.to_bytes(4, "little"))
+    return {"bytes": padded.nbytes + 4, "crc32c": [f"{checksum:08x}"]}
+
+
+def _check_arrays(
+    plan: Plan, shard: int, activations: Mapping[tuple[str, str], np.ndarray], columns: Mapping[str, np.ndarray]
+) -> None:
+    if not 0 <= shard < plan.n_shards:
+        raise CacheError(f"there is no shard {shard}; the plan has {plan.n_shards}")
+    n_rows = plan.rows_in(shard)
+    wanted: dict[Any, tuple[tuple[int, ...], np.dtype]] = {
+        (hook.name, variant.name): ((n_rows, hook.d_model), ACTIVATION)
+        for hook in plan.hooks
+        for variant in plan.variants
+    }
+    wanted |= {name: ((n_rows,), dtype) for name, dtype in column_types(plan).items()}
+    given: dict[Any, np.ndarray] = {**activations, **columns}
+    if set(given) != set(wanted):
+        unknown, missing = sorted(map(str, set(given) - set(wanted))), sorted(map(str, set(wanted) - set(given)))
+        raise CacheError(f"shard {shard} has arrays the plan lacks: {unknown}, and lacks arrays it has: {missing}")
+    for name, (shape, dtype) in wanted.items():
+        if given[name].shape != shape or given[name].dtype != dtype:
+            raise CacheError(
+                f"{name} of shard {shard} is {given[name].dtype} {given[name].shape}; the plan wants {dtype} {shape}"
+            )

@@ -1,0 +1,191 @@
+"""Files that are either whole or not there: temporary name, fsync, rename, fsync of the folder.
+
+A temporary file is locked by its writer for as long as the writer lives, so that whoever tidies up can
+tell a file in progress from one that a killed process left behind, on any host and in any container.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from cache_spec.errors import CacheDamaged, DiskFull
+
+PARTIAL = ".partial"  # the end of every temporary name
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def crc32c(data: Any) -> int:
+    """The CRC-32C of bytes or of a contiguous array."""
+    return google_crc32c.value(data)
+
+
+def canonical_json(facts: Any) -> bytes:
+    """One spelling for equal facts: sorted keys, no spaces; refuses NaN. What hashes and checksums are taken of."""
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def readable_json(facts: Any) -> bytes:
+    """The spelling of the files: indented, keys in the order given, refuses NaN."""
+    return (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode()
+
+
+def seal(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts and, last, the checksum of their canonical JSON, so that a changed bit in them is noticed."""
+    return {**facts, "crc32c": f"{crc32c(canonical_json(facts)):08x}"}
+
+
+def check_seal(sealed: Any, path: Path) -> dict[str, Any]:
+    """The facts without their checksum; raises CacheDamaged if they do not match it."""
+    facts = {key: value for key, value in sealed.items() if key != "crc32c"} if isinstance(sealed, dict) else {}
+    if not facts or sealed != seal(facts):
+        raise CacheDamaged(f"{path} does not match its own checksum, so it was changed after it was written")
+    return facts
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON; raises CacheDamaged if the file is missing or mangled, or holds NaN or infinity."""
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+    except FileNotFoundError:
+        raise CacheDamaged(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise CacheDamaged(f"{path} is not JSON ({error}); it was changed after it was written") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+class Partial:
+    """A new file under a temporary name beside `final`. As a context manager it vanishes unless published."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        final.parent.mkdir(parents=True, exist_ok=True)
+        self._fd, self._path = _open_locked(final)
+
+    def write(self, data: Any) -> None:
+        """Append all of `data`; a short write goes on where it stopped."""
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[os.write(self._fd, left) :]
+
+    def sync(self) -> None:
+        """Return when the content is on the disk."""
+        os.fsync(self._fd)
+
+    def replace(self) -> None:
+        """Give the file its final name, over whatever had it."""
+        os.replace(self._path, self.final)
+
+    def link(self) -> bool:
+        """Give the file its final name unless something has it; says whether it did."""
+        try:
+            os.link(self._path, self.final)
+        except FileExistsError:
+            return False
+        return True
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+        os.close(self._fd)  # after the unlink: nobody may lock a name that is about to go
+
+
+def _open_locked(final: Path) -> tuple[int, Path]:
+    while True:
+        path = final.parent / f".{final.name}.{uuid.uuid4().hex}{PARTIAL}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # 0: remove_stale_partials got in between
+            return fd, path
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write or replace a file in one step."""
+    with disk_full_as_error(path, len(data)), Partial(path) as partial:
+        partial.write(data)
+        partial.sync()
+        partial.replace()
+        sync_folder(path.parent)
+
+
+def write_new_file(path: Path, data: bytes) -> bool:
+    """Write a file in one step unless the name is taken; says whether it did. Of two writers one succeeds."""
+    with disk_full_as_error(path, len(data)), Partial(path) as partial:
+        partial.write(data)
+        partial.sync()
+        written = partial.link()
+        sync_folder(path.parent)
+        return written
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the folder's names are on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Hold a lock file; a second process waits. A killed process lets go."""
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def disk_full_as_error(path: Path, n_bytes: int) -> Iterator[None]:
+    """Turn a full disk into DiskFull, with the bytes needed and the bytes free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        raise DiskFull(
+            f"the disk (or quota) is full: {path} needs {n_bytes:,} bytes and {free:,} are free; "
+            "make room and run the same command again, it goes on from the last finished shard"
+        ) from error
+
+
+def remove_stale_partials(root: Path) -> int:
+    """Delete the temporary files that no living process is writing; returns how many."""
+    n_removed = 0
+    for path in root.rglob(f".*{PARTIAL}"):
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            continue  # its writer finished
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            n_removed += 1
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+    return n_removed

@@ -1,0 +1,77 @@
+"""What a cache holds, in lines for people."""
+
+from cache_spec.cache import ActivationCache
+from cache_spec.layout import activation_array, activation_file, cache_bytes, shard_files
+from cache_spec.plan import HookPlan, Plan, VariantPlan
+
+
+def describe(cache: ActivationCache) -> str:
+    """A summary of an opened cache: what made it, what is in it, how much of it is there, how to open it."""
+    plan = cache.plan
+    rows = [
+        (
+            "cache",
+            f"{plan.cache_id}, {cache.status}, format {plan.spec_version}, made {cache.attributes['created_at']}",
+        ),
+        ("model", _facts(plan.model)),
+        ("tokenizer", _facts(plan.tokenizer)),
+        ("text", _facts(plan.source)),
+        ("windows", _windows(plan)),
+        *[("hook point" if i == 0 else "", _hook(cache, hook)) for i, hook in enumerate(plan.hooks)],
+        *[("variant" if i == 0 else "", _variant(variant)) for i, variant in enumerate(plan.variants)],
+        ("rows", f"{plan.n_train_rows:,} train + {plan.n_rows - plan.n_train_rows:,} held out, {plan.row_order}"),
+        ("shards", f"{len(cache.shards)} of {plan.n_shards} committed, {plan.shard_rows:,} rows each"),
+        ("size", _size(cache)),
+        (
+            "open with",
+            f'ActivationCache.open("{cache.path}"{"" if cache.status == "complete" else ", allow_partial=True"})',
+        ),
+        ("", f'or zarr.open("{cache.path}")["{activation_array(plan.hooks[0].name, plan.variants[0].name)}"]'),
+    ]
+    return "\n".join([str(cache.path), *(f"  {name:<11}{text}" for name, text in rows)])
+
+
+def bytes_for_people(n_bytes: float) -> str:
+    """A number of bytes in a decimal unit: 1.5 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:,.0f} {unit}" if unit == "bytes" else f"{n_bytes:,.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} TB"
+
+
+def _facts(facts: dict) -> str:
+    name, rest = facts.get("id", "unknown"), {key: value for key, value in facts.items() if key != "id"}
+    return ", ".join([str(name), *(f"{key} {value!s:.40}" for key, value in rest.items())])
+
+
+def _windows(plan: Plan) -> str:
+    counts = f"{plan.n_train_windows:,} train + {plan.n_held_out_windows:,} held out"
+    return f"{counts}, each of {plan.window_tokens} tokens, seed {plan.seed}"
+
+
+def _hook(cache: ActivationCache, hook: HookPlan) -> str:
+    largest = [
+        cache.records[shard]["files"][activation_file(hook.name, variant.name, shard)]["absmax"] * hook.scale_factor
+        for shard in cache.shards
+        for variant in cache.plan.variants
+    ]
+    size = f", largest value {max(largest):,.4g}" if largest else ""
+    return (
+        f"{hook.name} = {hook.hook_point} = {hook.hf_name}, d_model {hook.d_model}, scale {hook.scale_factor:g}{size}"
+    )
+
+
+def _variant(variant: VariantPlan) -> str:
+    if variant.kind == "clean":
+        return f"{variant.name}: the tokens as they are"
+    by = f"'{variant.mask_string}' (token {variant.mask_token})" if variant.kind == "mask" else "a random token"
+    return f"{variant.name}: each token replaced by {by} with probability {variant.mask_prob:g}"
+
+
+def _size(cache: ActivationCache) -> str:
+    there = sum(sum(shard_files(cache.plan, shard).values()) for shard in cache.shards)
+    planned = cache_bytes(cache.plan)
+    return (
+        bytes_for_people(planned) if there == planned else f"{bytes_for_people(there)} of {bytes_for_people(planned)}"
+    )

@@ -1,0 +1,59 @@
+"""Progress that suits where it goes: a bar on a terminal, one line every few seconds in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Counts done work of a known total. Use as a context manager; `advance(n, note)` as work is done."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done, self._note = 0, ""
+        self._start = self._last_line = time.monotonic()
+        self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=total > 9999) if sys.stderr.isatty() else None
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count `n` more units as done; `note` is a short status such as a loss."""
+        self._done, self._note = self._done + n, note or self._note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        rate = self._done / max(self._last_line - self._start, 1e-9)
+        left = (self._total - self._done) / rate if rate > 0 else float("nan")
+        note = f", {self._note}" if self._note else ""
+        print(
+            f"{self._what}: {self._done:,}/{self._total:,} {self._unit} ({rate:,.1f}/s, {left:,.0f} s left{note})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done:
+            self._print_line()
+
+
+def track(items: Iterable[T], what: str, total: int, unit: str) -> Iterator[T]:
+    """Yield the items and show how many are done."""
+    with Progress(what, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()

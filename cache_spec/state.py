@@ -1,0 +1,139 @@
+"""What a cache folder says about itself: its plan, its status, and which shards are committed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from cache_spec.errors import CacheDamaged, CacheIncomplete, CacheNotFound
+from cache_spec.files import check_seal, read_json
+from cache_spec.layout import (
+    COMPLETE,
+    HARVESTING,
+    PARTIAL_STATUS,
+    PLAN,
+    RECORDS,
+    ROOT,
+    chunks_in,
+    record_file,
+    shard_files,
+)
+from cache_spec.plan import Plan, check_version
+
+
+def read_plan(root: Path) -> Plan:
+    """The plan of the cache at `root`.
+
+    Raises CacheNotFound if there is no cache, CacheIncomplete if its creation was cut short, CacheTooNew or
+    CacheDamaged if the plan cannot be used.
+    """
+    if not root.exists():
+        raise CacheNotFound(f"there is nothing at {root}; `python -m harvest --out {root}` makes a cache there")
+    if not root.is_dir():
+        raise CacheNotFound(f"{root} is a file; an activation cache is a folder, made by `python -m harvest`")
+    if not (root / PLAN).exists():
+        if is_ours(root):
+            raise CacheIncomplete(f"{root} was being created when its writer stopped; run the same harvest again")
+        raise CacheNotFound(f"{root} is a folder but no activation cache: it has no {PLAN}; give the cache's folder")
+    return Plan.from_json(read_json(root / PLAN), where=str(root / PLAN))
+
+
+def is_ours(root: Path) -> bool:
+    """Whether the folder's Zarr group was made by granary."""
+    if not (root / ROOT).is_file():
+        return False
+    try:
+        document = read_json(root / ROOT)
+    except CacheDamaged:
+        return False
+    return isinstance(document, dict) and "granary" in (document.get("attributes") or {})
+
+
+def read_root(root: Path) -> dict[str, Any]:
+    """The cache's attributes: spec_version, cache_id, status, plan, created_at, versions."""
+    path = root / ROOT
+    document = read_json(path)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    granary = attributes.get("granary") if isinstance(attributes, dict) else None
+    if not isinstance(granary, dict):
+        raise CacheDamaged(f"{path} has no granary attributes; it was changed after it was written")
+    check_version(granary.get("spec_version"), str(path))
+    granary = check_seal(granary, path)
+    if granary.get("status") not in (HARVESTING, PARTIAL_STATUS, COMPLETE):
+        raise CacheDamaged(f"{path} has the unknown status {granary.get('status')!r}")
+    return granary
+
+
+def read_record(root: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
+    """The commit record of a shard, or None if it has none.
+
+    Raises CacheDamaged if the record is not one of this plan, or if a file of it is missing or has another size.
+    """
+    path = root / record_file(shard)
+    if not path.exists():
+        return None
+    record = parse_record(root, plan, shard)
+    for file, size in shard_files(plan, shard).items():
+        if not (root / file).is_file():
+            raise CacheDamaged(f"{root / file} is missing; {_repair(path)}")
+        if (found := (root / file).stat().st_size) != size:
+            raise CacheDamaged(f"{root / file} has {found:,} bytes instead of {size:,}; {_repair(path)}")
+    return record
+
+
+def parse_record(root: Path, plan: Plan, shard: int) -> dict[str, Any]:
+    """The commit record of a shard that has one, without a look at the files it names."""
+    path = root / record_file(shard)
+    raw = read_json(path)
+    if isinstance(raw, dict) and "spec_version" in raw:
+        check_version(raw["spec_version"], str(path))
+    record = check_seal(raw, path)
+    if fault := _record_fault(record, plan, shard):
+        raise CacheDamaged(f"{path} {fault}; {_repair(path)}")
+    return record
+
+
+def _repair(record: Path) -> str:
+    return f"to make the shard again delete {record} and run the same harvest"
+
+
+def _record_fault(record: dict[str, Any], plan: Plan, shard: int) -> str:
+    wanted = {"cache_id": plan.cache_id, "shard": shard, "rows": plan.rows_in(shard)}
+    for key, value in wanted.items():
+        if record.get(key) != value:
+            return f"has {key} {record.get(key)!r} and this cache wants {value!r}"
+    files, sizes = record.get("files"), shard_files(plan, shard)
+    if not isinstance(files, dict) or set(files) != set(sizes):
+        return "does not list the files of this plan"
+    for file, facts in files.items():
+        n_sums = 1 if file.startswith("rows/") else chunks_in(plan, shard)
+        sums = facts.get("crc32c") if isinstance(facts, dict) else None
+        if not isinstance(sums, list) or len(sums) != n_sums or not all(map(_is_sum, sums)):
+            return f"has no {n_sums} checksums for {file}"
+        if facts.get("bytes") != sizes[file]:
+            return f"says {file} has {facts.get('bytes')} bytes and this plan wants {sizes[file]}"
+    return ""
+
+
+def _is_sum(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{8}", text) is not None
+
+
+def recorded_shards(root: Path) -> list[int]:
+    """The numbers of the shards that have a record, sound or not, in order."""
+    return sorted(int(path.stem) for path in (root / RECORDS).glob("*.json") if re.fullmatch(r"\d{6,}", path.stem))
+
+
+def read_records(root: Path, plan: Plan) -> dict[int, dict[str, Any]]:
+    """The commit record of each committed shard, in order. Raises CacheDamaged as `read_record` does."""
+    records = {}
+    for shard in recorded_shards(root):
+        if shard >= plan.n_shards:
+            raise CacheDamaged(f"{root / record_file(shard)} is for a shard beyond the plan's {plan.n_shards}")
+        if (record := read_record(root, plan, shard)) is not None:
+            records[shard] = record
+    return records
+
+
+def committed_shards(path: str | Path, plan: Plan) -> tuple[int, ...]:
+    """The shards that are whole, in order: what a resumed harvest need not make again."""
+    return tuple(read_records(Path(path), plan))

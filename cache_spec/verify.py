@@ -1,0 +1,215 @@
+"""Checking every byte of a cache against what was recorded when it was written."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_spec.create import manifest
+from cache_spec.errors import CacheDamaged, CacheIncomplete
+from cache_spec.files import check_seal, crc32c, read_json, readable_json, seal
+from cache_spec.layout import (
+    COMPLETE,
+    HARVESTING,
+    INTERNAL,
+    LOCK,
+    MANIFEST,
+    PLAN,
+    RECORDS,
+    ROOT,
+    activation_file,
+    chunk_bytes,
+    chunks_in,
+    column_file,
+    column_types,
+    record_file,
+    root_document,
+    shard_files,
+    shard_index,
+    zarr_documents,
+)
+from cache_spec.plan import HookPlan, Plan
+from cache_spec.state import parse_record, read_plan, read_root, recorded_shards
+
+DAMAGED, UNFINISHED, LEFTOVER = "damaged", "unfinished", "leftover"
+Advance = Callable[[int], object]  # told the number of bytes just checked
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file that is not as it should be. `kind` is "damaged", "unfinished" or "leftover" (harmless)."""
+
+    file: str
+    what: str
+    kind: str = DAMAGED
+
+
+def verify_cache(path: str | Path, *, advance: Advance = lambda n_bytes: None) -> list[Problem]:
+    """Read the whole cache and compare every checksum, index and document; an empty list means all is whole.
+
+    Also reports missing shards, and files that belong to no committed shard. Raises CacheNotFound, CacheTooNew,
+    CacheIncomplete (creation cut short), or CacheDamaged when there is no sound plan to compare with.
+    """
+    root = Path(path)
+    plan = read_plan(root)
+    shards = recorded_shards(root)
+    records: dict[int, dict[str, Any]] = {}
+    problems: list[Problem] = []
+    for shard in shards:
+        problems += _check_shard(root, plan, shard, records, advance)
+    problems += _check_documents(root, plan)
+    problems += _check_status(root, plan, shards, records)
+    problems += _check_planner_files(root, plan)
+    problems += _find_leftovers(root, plan, shards)
+    return problems
+
+
+def bytes_to_check(path: str | Path) -> int:
+    """Bytes of all shards that have a record: what `verify_cache` reads. Raises as it does."""
+    plan = read_plan(Path(path))
+    return sum(sum(shard_files(plan, s).values()) for s in recorded_shards(Path(path)) if s < plan.n_shards)
+
+
+def _check_shard(
+    root: Path, plan: Plan, shard: int, records: dict[int, dict[str, Any]], advance: Advance
+) -> Iterator[Problem]:
+    """Problems of one shard; puts its record into `records` if it is sound."""
+    file = record_file(shard)
+    if shard >= plan.n_shards:
+        yield Problem(file, f"is for a shard beyond the plan's {plan.n_shards}")
+        return
+    try:
+        record = parse_record(root, plan, shard)
+    except CacheDamaged as error:
+        yield Problem(file, str(error))
+        return
+    records[shard] = record
+    if (root / file).read_bytes() != readable_json(seal(record)):
+        yield Problem(file, "is not spelled as it was written")
+    for hook in plan.hooks:
+        for variant in plan.variants:
+            file = activation_file(hook.name, variant.name, shard)
+            what = _activation_fault(root / file, plan, hook, shard, record["files"][file]["crc32c"], advance)
+            yield from [Problem(file, what)] if what else []
+    for name, dtype in column_types(plan).items():
+        file = column_file(name, shard)
+        what = _column_fault(root / file, plan.shard_rows * dtype.itemsize, record["files"][file]["crc32c"][0], advance)
+        yield from [Problem(file, what)] if what else []
+
+
+def _activation_fault(path: Path, plan: Plan, hook: HookPlan, shard: int, sums: list[str], advance: Advance) -> str:
+    """What is wrong with an activation file; empty if nothing. Reads one inner chunk at a time."""
+    if not path.is_file():
+        return "is missing"
+    size, index = chunk_bytes(plan, hook), shard_index(plan, hook, shard)
+    with path.open("rb") as file:
+        for chunk in range(chunks_in(plan, shard)):
+            data = file.read(size)
+            advance(len(data))
+            if f"{crc32c(data):08x}" != sums[chunk]:
+                first = shard * plan.shard_rows + chunk * plan.chunk_rows
+                return f"fails its checksum in rows {first} to {first + plan.chunk_rows - 1}"
+        tail = file.read(len(index) + 1)
+        advance(len(tail))
+    return "" if tail == index else "has a wrong index or size"
+
+
+def _column_fault(path: Path, size: int, checksum: str, advance: Advance) -> str:
+    if not path.is_file():
+        return "is missing"
+    data = path.read_bytes()
+    advance(len(data))
+    values, tail = data[:size], data[size:]
+    if f"{crc32c(values):08x}" != checksum:
+        return "fails its checksum"
+    return "" if tail == bytes.fromhex(checksum)[::-1] else "has a wrong checksum or size"
+
+
+def _check_documents(root: Path, plan: Plan) -> Iterator[Problem]:
+    """The plan and each Zarr document below the root, all of which follow from the plan."""
+    if (root / PLAN).read_bytes() != readable_json(plan.to_json()):
+        yield Problem(PLAN, "is not spelled as it was written")
+    for name, document in zarr_documents(plan).items():
+        file = f"{name}/{ROOT}"
+        try:
+            same = read_json(root / file) == document
+        except CacheDamaged as error:
+            yield Problem(file, str(error))
+            continue
+        if not same:
+            yield Problem(file, "does not describe what the plan says")
+
+
+def _check_status(root: Path, plan: Plan, shards: list[int], records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
+    """The root group, and whether the shards and the manifest are what its status promises."""
+    try:
+        granary = read_root(root)
+        wanted = root_document(seal(granary), plan if granary["status"] != HARVESTING else None)
+        if granary["cache_id"] != plan.cache_id or read_json(root / ROOT) != wanted:
+            yield Problem(ROOT, "does not describe what the plan says")
+    except CacheDamaged as error:
+        yield Problem(ROOT, str(error))
+        return
+    status, n_missing = granary["status"], plan.n_shards - len([s for s in shards if s < plan.n_shards])
+    if n_missing:
+        kind = DAMAGED if status == COMPLETE else UNFINISHED
+        yield Problem(RECORDS, f"lacks the records of {n_missing} of {plan.n_shards} shards", kind)
+    if status == HARVESTING:
+        if not n_missing:
+            yield Problem(ROOT, "says harvesting, though every shard is there", UNFINISHED)
+        return
+    yield from _check_manifest(root, plan, status, records)
+
+
+def _check_manifest(root: Path, plan: Plan, status: str, records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
+    """A complete cache lists all records; one that was closed early may have gained shards since."""
+    try:
+        listed = check_seal(read_json(root / MANIFEST), root / MANIFEST).get("shards")
+    except CacheDamaged as error:
+        yield Problem(MANIFEST, str(error))
+        return
+    kept = {s: r for s, r in records.items() if status == COMPLETE or (isinstance(listed, dict) and str(s) in listed)}
+    if (root / MANIFEST).read_bytes() != readable_json(manifest(plan, status, kept)):
+        yield Problem(MANIFEST, "does not list the commit records that are there")
+
+
+def _check_planner_files(root: Path, plan: Plan) -> Iterator[Problem]:
+    for file, wanted in planner_files(plan).items():
+        if not (root / file).is_file():
+            yield Problem(file, "is missing")
+            continue
+        with (root / file).open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != wanted:
+                yield Problem(file, "fails its SHA-256")
+
+
+def planner_files(plan: Plan) -> dict[str, str]:
+    """Arrays that the planner left beside the plan, and the SHA-256 of each file, which is in `source`."""
+    sums = {f"{INTERNAL}/{name}.npy": plan.source.get(f"{name}_sha256") for name in ("windows", "window_docs")}
+    return {file: checksum for file, checksum in sums.items() if isinstance(checksum, str)}
+
+
+def _find_leftovers(root: Path, plan: Plan, shards: list[int]) -> Iterator[Problem]:
+    """Files that belong to no committed shard: of a writer at work, or of one that was stopped."""
+    known = {ROOT, PLAN, MANIFEST, LOCK, *planner_files(plan), *map(record_file, shards)}
+    known |= {f"{name}/{ROOT}" for name in zarr_documents(plan)}
+    for shard in shards:
+        known |= set(shard_files(plan, shard)) if shard < plan.n_shards else set()
+    for path in sorted(root.rglob("*")):
+        file = path.relative_to(root).as_posix()
+        if file not in known and not path.is_dir():
+            yield Problem(file, "belongs to no committed shard", LEFTOVER)
+
+
+def raise_if_not_whole(path: str | Path, problems: list[Problem]) -> None:
+    """Raises CacheDamaged with the names of the damaged files, or CacheIncomplete; leftovers are no harm."""
+    damaged = [problem.file for problem in problems if problem.kind == DAMAGED]
+    if damaged:
+        shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+        raise CacheDamaged(
+            f"{path} is damaged in {shown}; to make a shard again delete its record in {RECORDS}/ and run the harvest"
+        )
+    for problem in problems:
+        if problem.kind == UNFINISHED:
+            raise CacheIncomplete(f"{path} is not finished ({problem.file} {problem.what}); run the same harvest again")

@@ -1,0 +1,1 @@
+"""Runs to metrics to reports: `python -m evaluate RUNS`."""

@@ -1,0 +1,117 @@
+"""The words of the report: labels of recipes, numbers, the sentences of the verdict, the table of the terminal."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from evaluate.columns import Column
+from evaluate.compare import TRAINED, Difference, Estimate, Recipe
+
+FOCUS = {  # what the first sentence is about: the first of these that was measured
+    "full_absorption_cross_token": "cross-token absorption",
+    "mean_full_absorption_score": "absorption",
+    "explained_variance": "explained variance",
+}
+MAX_CLAUSES = 4
+
+
+def labels(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
+    """A label for each recipe that names only what differs between them."""
+    recipes = list(recipes)
+    trained = [recipe for recipe in recipes if recipe.kind == TRAINED]
+    several_k = len({recipe.k for recipe in trained}) > 1
+    largest = max((recipe.d_sae for recipe in trained), default=0)
+    several_benches = len({recipe.bench for recipe in recipes}) > 1
+    named = {}
+    for recipe in recipes:
+        words = [recipe.arch, recipe.name]
+        words += [f"k {recipe.k}"] if several_k and recipe.arch else []
+        words += [f"{recipe.d_sae} latents"] if recipe.kind == TRAINED and recipe.d_sae != largest else []
+        words += [f"({recipe.bench})"] if several_benches else []
+        named[recipe] = " ".join(filter(None, words))
+    return named
+
+
+def number(value: float, *, signed: bool = False) -> str:
+    """Three decimals, or one above 10; a true minus sign; a dash for NaN."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:+.{1 if abs(value) >= 10 else 3}f}" if signed else f"{value:.{1 if abs(value) >= 10 else 3}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def error_of(estimate: Estimate) -> str:
+    """The standard error alone; empty for a single seed."""
+    return "" if math.isnan(estimate.error) else number(estimate.error)
+
+
+def clause(difference: Difference, what: str) -> str:
+    """One paired difference in plain words."""
+    seeds = f"{difference.n} seed{'s' * (difference.n > 1)}"
+    text = (
+        f"over {seeds} training with '{difference.recipe.name}' changed {what} of {difference.recipe.arch} "
+        f"by {number(difference.mean, signed=True)}"
+    )
+    if difference.n < 2:
+        return f"{text}, and one seed says nothing about chance"
+    return f"{text} (95 % interval {number(difference.low)} to {number(difference.high)}): {difference.verdict}"
+
+
+def sentence(differences: Sequence[Difference]) -> str:
+    """The verdict on masking in one sentence: the first measured column of FOCUS, every masked recipe."""
+    masked = [difference for difference in differences if difference.recipe.is_masked]
+    for column, what in FOCUS.items():
+        found = [difference for difference in masked if difference.column == column]
+        if found:
+            text = "; ".join(clause(difference, what) for difference in found[:MAX_CLAUSES])
+            if len(found) > MAX_CLAUSES:
+                text += f"; and {len(found) - MAX_CLAUSES} more masked recipes, below"
+            return f"{text[0].upper()}{text[1:]}."
+    return (
+        "Nothing here says what masking does: "
+        "that takes a masked and an unmasked run of the same architecture, k and seed."
+    )
+
+
+def multiplicity(differences: Sequence[Difference]) -> str:
+    """How many comparisons were made, and how many intervals exclude 0."""
+    tested = [difference for difference in differences if difference.n > 1]
+    if not tested:
+        return "No comparison has more than one seed, so there are no intervals."
+    n_out = sum(difference.verdict in ("higher", "lower") for difference in tested)
+    n_holm = sum(difference.holm for difference in tested)
+    return (
+        f"{len(tested)} paired comparisons were made; chance alone would put 0 outside about {len(tested) / 20:.0f} of "
+        f"their 95 % intervals. It lies outside {n_out}, and {n_holm} "
+        f"{'stays' if n_holm == 1 else 'stay'} significant after Holm's correction for their number."
+    )
+
+
+def terminal_table(tables: Mapping[Recipe, Mapping[str, Estimate]], columns: Mapping[str, Column]) -> str:
+    """A compact table of plain text: recipes under their architecture, mean and standard error of a few columns."""
+    shown = [
+        name for name, column in columns.items() if column.terminal and any(name in table for table in tables.values())
+    ]
+    named = labels(tables)
+    rows = [["", "seeds", *(columns[name].short for name in shown)]]
+    for recipe, table in tables.items():
+        n = max((estimate.n for estimate in table.values()), default=0)
+        rows.append([named[recipe], str(n), *(_cell(table[name]) if name in table else "" for name in shown)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for label, *cells in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(estimate: Estimate) -> str:
+    """`.410±.020`: short, because many stand side by side."""
+    return _short(estimate.mean) + ("" if math.isnan(estimate.error) else f"±{_short(estimate.error)}")
+
+
+def _short(value: float) -> str:
+    if abs(value) >= 10:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)

@@ -1,0 +1,103 @@
+"""A planted world for the tests of evaluate: orthogonal parent and child directions, and SAEs built by hand."""
+
+from collections import namedtuple
+
+import numpy as np
+import torch
+
+from evaluate.language import EVERYWHERE, Language
+from evaluate.rows import Rows
+from evaluate.subject import Bench, Learned, Subject
+from train.activations import Threshold
+from train.sae import SparseAutoencoder
+
+Relation = namedtuple("Relation", "family parent child positions")
+ProbeTask = namedtuple("ProbeTask", "name attribute positions")
+
+N_PARENTS, N_CHILDREN, N_OTHER = 4, 40, 6  # children of each parent; unrelated features
+D_MODEL = N_PARENTS * (1 + N_CHILDREN) + N_OTHER
+PARENT_STRENGTH = 2.0
+FIRST_OTHER = D_MODEL - N_OTHER
+
+
+def child_number(parent: int, child: int) -> int:
+    """The feature (and the direction: the standard basis) of one child."""
+    return N_PARENTS + parent * N_CHILDREN + child
+
+
+def planted_rows(n: int, seed: int, *, noise: float = 0.01, childless: float = 0.2) -> Rows:
+    """Rows x = 2 parent + child + an unrelated feature + noise; a share of them has the parent without a child."""
+    generator = np.random.default_rng(seed)
+    parent = generator.integers(N_PARENTS, size=n)
+    child = generator.integers(N_CHILDREN, size=n)
+    without = generator.random(n) < childless
+    features = np.zeros((n, D_MODEL), dtype=bool)
+    features[np.arange(n), parent] = True
+    features[np.arange(n), child_number(parent, child)] = ~without
+    features[np.arange(n), FIRST_OTHER + generator.integers(N_OTHER, size=n)] = True
+    x = features.astype(np.float32)
+    x[:, :N_PARENTS] *= PARENT_STRENGTH
+    x += noise * generator.standard_normal(x.shape).astype(np.float32)
+    everywhere = np.ones(n, dtype=bool)
+    return Rows(
+        x=torch.from_numpy(x),
+        attributes={"letter": parent, "noun": np.where(without, -1, parent * N_CHILDREN + child)},
+        positions={"noun": everywhere, EVERYWHERE: everywhere},
+        features=features,
+    )
+
+
+def planted_language(n: int = 4000, **how: float) -> Language:
+    """Three corpora of the planted world; the shifted one differs by its seed only."""
+    return Language(
+        fit=planted_rows(n, 1, **how),
+        test=planted_rows(n, 2, **how),
+        shifted=planted_rows(n, 3, **how),
+        even=planted_rows(n, 4, **how),
+        relations=(Relation("same_token", "letter", "noun", "noun"),),
+        tasks=(ProbeTask("letter", "letter", "noun"),),
+        value_names={
+            "letter": [f"L{p}" for p in range(N_PARENTS)],
+            "noun": [f"L{p}n{c}" for p in range(N_PARENTS) for c in range(N_CHILDREN)],
+        },
+        feature_names=[f"feature {i}" for i in range(D_MODEL)],
+        seed=0,
+    )
+
+
+def planted_sae(n_absorbed: int) -> SparseAutoencoder:
+    """One latent per feature; the first `n_absorbed` children of every parent silence it and carry its direction."""
+    sae = SparseAutoencoder(D_MODEL, D_MODEL, Threshold())
+    encoder, decoder = torch.eye(D_MODEL), torch.eye(D_MODEL)
+    for parent in range(N_PARENTS):
+        for child in range(n_absorbed):
+            number = child_number(parent, child)
+            encoder[number, parent] = -2 * PARENT_STRENGTH
+            decoder[number, parent] = PARENT_STRENGTH
+    with torch.no_grad():
+        sae.W_enc.copy_(encoder)
+        sae.W_dec.copy_(decoder)
+        sae.threshold = torch.tensor(0.5)
+    return sae
+
+
+def random_sae(d_sae: int = 128, seed: int = 0) -> SparseAutoencoder:
+    """Gaussian weights; its threshold keeps about three of a hundred latents."""
+    generator = torch.Generator().manual_seed(seed)
+    sae = SparseAutoencoder(D_MODEL, d_sae, Threshold())
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(d_sae, D_MODEL, generator=generator), dim=1))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.threshold = torch.tensor(0.5)
+    return sae
+
+
+def subject_of(dictionary, language: Language, name: str = "planted") -> Subject:
+    """A subject whose held-out rows are the test text."""
+    bench = Bench(calibration=language.fit, clean=language.test, language=language)
+    return Subject(name=name, dictionary=dictionary, raw=dictionary, bench=bench, held_out=language.test)
+
+
+def subject_of_sae(sae: SparseAutoencoder, language: Language) -> Subject:
+    """The same for an SAE."""
+    return subject_of(Learned(sae=sae), language)

@@ -1,0 +1,81 @@
+"""What run.json says of a run when it starts."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_spec.layout import FLAG_BOS
+from train.config import RunConfig
+from train.kernels._select import Kernel
+from train.loader import MixedBatchLoader
+from train.run_folder import TRAINING
+from train.scale import recipe_label
+
+
+def run_facts(config: RunConfig, loader: MixedBatchLoader, kernel: Kernel) -> dict[str, Any]:
+    """All of it, as JSON would give it back."""
+    facts = {
+        "name": config.name,
+        "status": TRAINING,
+        "recipe": recipe_label(config, loader.data.target),
+        "config": dataclasses.asdict(config),
+        "data": dataclasses.asdict(loader.data),
+        "cache": cache_facts(loader),
+        "norm_factor": loader.scale.norm_factor,
+        "displacement": loader.scale.displacement,
+        "kernel": kernel.name,
+        "device": str(loader.device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "git_commit": git_commit(),
+        "n_steps": loader.n_steps,
+        "tokens_seen": 0,
+    }
+    return json.loads(json.dumps(facts))
+
+
+def cache_facts(loader: MixedBatchLoader) -> dict[str, Any]:
+    """Where the rows came from: enough to find them again and to name the SAE for other tools."""
+    plan, hook = loader.cache.plan, loader.hook
+    return {
+        "path": str(loader.cache.path.resolve()),
+        "cache_id": plan.cache_id,
+        "hook": hook.name,
+        "hook_point": hook.hook_point,
+        "tl_name": hook.tl_name,
+        "hf_name": hook.hf_name,
+        "model": plan.model.get("id", "unknown"),
+        "dataset": plan.source.get("id", "unknown"),
+        "window_tokens": plan.window_tokens,
+        "prepend_bos": bool((loader.cache.column("flags", loader.shards[0]) & FLAG_BOS).any()),
+    }
+
+
+def differing_facts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What makes two runs of one name different runs: "lr (0.001, now 0.0003)" each."""
+    differences = []
+    for part in ("config", "data"):
+        before, after = old.get(part) or {}, new[part]
+        differences += [
+            f"{key} ({before.get(key)}, now {after.get(key)})"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        ]
+    before = (old.get("cache") or {}).get("cache_id")
+    if before != new["cache"]["cache_id"]:
+        differences.append(f"cache ({before}, now {new['cache']['cache_id']})")
+    return differences
+
+
+def git_commit() -> str:
+    """The commit of this checkout, "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,30 @@
+"""A file name is a name: train/architectures/foo.py defines `foo`, and `--arch foo` finds it."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from cache_spec.errors import UserError
+
+_KINDS = {"architectures": "architecture", "penalties": "penalty", "corruptions": "corruption", "kernels": "kernel"}
+
+
+def available(folder: str) -> list[str]:
+    """The names that exist in one folder of this room."""
+    return sorted(path.stem for path in (Path(__file__).parent / folder).glob("[!_]*.py"))
+
+
+def find(folder: str, name: str) -> ModuleType:
+    """The module of a name; raises UserError with the names that exist."""
+    if name not in available(folder):
+        raise UserError(f"there is no {_KINDS[folder]} '{name}'; there are {', '.join(available(folder))}")
+    return importlib.import_module(f"train.{folder}.{name}")
+
+
+def parse_setting(text: str, what: str) -> tuple[str, float]:
+    """Read `name=number`. Raises UserError for anything else."""
+    name, _, number = text.partition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        raise UserError(f"'{text}' is not a {what}; write a name and a number, such as {name or 'name'}=0.1") from None

@@ -1,0 +1,24 @@
+"""AuxK: dead latents learn to reconstruct what the living ones leave (Gao et al. 2024)."""
+
+import torch
+from torch import Tensor
+
+from train.recipe import StepView
+
+
+def auxk(step: StepView) -> Tensor:
+    """The squared error of the dead latents' best d_model / 2 on the residual, over the residual's variance.
+
+    Only the dead latents are encoded again, so it costs what they weigh; 0 if there are none.
+    """
+    residual = (step.target - step.forward.reconstructions[-1]).detach()
+    if step.dead is None:
+        return residual.new_zeros(())
+    codes = torch.relu(step.sae.pre_activations(step.x, step.dead))  # [batch, n_dead]
+    n_used = step.sae.d_model // 2
+    if len(step.dead) > n_used:
+        largest, latents = codes.topk(n_used, dim=-1, sorted=False)
+        codes = torch.zeros_like(codes).scatter(-1, latents, largest)
+    error = (residual - codes @ step.sae.W_dec[step.dead]).square().sum(-1).mean()
+    variance = (residual - residual.mean(0)).square().sum(-1).mean()
+    return torch.nan_to_num(error / variance)

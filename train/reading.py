@@ -1,0 +1,96 @@
+"""Reading what the command line says: counts, lists of numbers, the hook point, the device."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+from cache_spec.cache import ActivationCache
+from cache_spec.errors import UserError
+from train.grid import Lists
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_count(text: str, option: str) -> int:
+    """`1M`, `500k`, `2.5M`, `1_000` -> a whole positive number. Raises UserError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().lower().replace("_", ""))
+    count = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if count < 1 or count != int(count):
+        raise UserError(f"{option} is '{text}'; give a whole number such as 500k, 1M or 50_000")
+    return int(count)
+
+
+def read_lists(
+    arch: Iterable[str],
+    d_sae: Iterable[str],
+    k: Iterable[str],
+    masked_fraction: Iterable[str],
+    corrupt: Iterable[str],
+    penalty: Iterable[str],
+    seed: Iterable[str],
+    lr: Iterable[str],
+    match_strength: float | None,
+) -> Lists:
+    """The lists of a grid. Raises UserError for a number that is none and a list that is empty."""
+    return Lists(
+        arch=_listed(arch, "--arch"),
+        d_sae=parse_whole_numbers(d_sae, "--d-sae"),
+        k=parse_whole_numbers(k, "--k"),
+        masked_fraction=parse_numbers(masked_fraction, "--masked-fraction"),
+        corrupt=_listed(corrupt, "--corrupt"),
+        penalty=split_list(penalty),
+        seed=parse_whole_numbers(seed, "--seed"),
+        lr=parse_numbers(lr, "--lr"),
+        match_strength=match_strength,
+    )
+
+
+def split_list(texts: Iterable[str]) -> tuple[str, ...]:
+    """`["20,40", "80"]` -> ("20", "40", "80"), each once."""
+    return tuple(dict.fromkeys(part.strip() for text in texts for part in text.split(",") if part.strip()))
+
+
+def parse_numbers(texts: Iterable[str], option: str) -> tuple[float, ...]:
+    """A list of numbers. Raises UserError for anything else, and for none."""
+    return tuple(_read(part, float, option) for part in _listed(texts, option))
+
+
+def parse_whole_numbers(texts: Iterable[str], option: str) -> tuple[int, ...]:
+    """A list of whole numbers. Raises UserError for anything else, and for none."""
+    return tuple(int(_read(part, int, option)) for part in _listed(texts, option))
+
+
+def _listed(texts: Iterable[str], option: str) -> tuple[str, ...]:
+    parts = split_list(texts)
+    if not parts:
+        raise UserError(f"{option} is empty; give one number, or several with commas between them")
+    return parts
+
+
+def _read(part: str, kind: type[int] | type[float], option: str) -> float:
+    try:
+        return kind(part)
+    except ValueError:
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} has '{part}'; give {wanted} with commas between them") from None
+
+
+def read_hook(cache: ActivationCache, text: str) -> str:
+    """The group of a hook point in any spelling, or of the cache's only one. Raises UserError if it is not there."""
+    if text:
+        return cache.hook(text).name
+    names = [hook.name for hook in cache.plan.hooks]
+    if len(names) > 1:
+        raise UserError(f"{cache.path} holds {', '.join(names)}; choose one with --hook")
+    return names[0]
+
+
+def read_device(text: str) -> str:
+    """A device that is there. Raises UserError for another."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {text} cannot be used here ({reason}); --device cpu always can") from None
+    return text
