@@ -1,5 +1,8 @@
 """What a cache holds, in lines for people."""
 
+import re
+from typing import Any
+
 from cache_spec.cache import ActivationCache
 from cache_spec.layout import activation_array, activation_file, cache_bytes, shard_files
 from cache_spec.plan import HookPlan, Plan, VariantPlan
@@ -40,9 +43,14 @@ def bytes_for_people(n_bytes: float) -> str:
     return f"{n_bytes:,.1f} TB"
 
 
-def _facts(facts: dict) -> str:
-    name, rest = facts.get("id", "unknown"), {key: value for key, value in facts.items() if key != "id"}
-    return ", ".join([str(name), *(f"{key} {value!s:.40}" for key, value in rest.items())])
+def _facts(facts: dict[str, Any]) -> str:
+    named = [f"{key} {_short(value)}" for key, value in facts.items() if key != "id" and value not in ("", None)]
+    return ", ".join([str(facts.get("id", "unknown")), *named])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if re.fullmatch(r"[0-9a-f]{32,}", text) else text[:60]
 
 
 def _windows(plan: Plan) -> str:

@@ -132,7 +132,8 @@ def _same_model(cache: ActivationCache, device: str) -> tuple[LoadedModel | None
         return None, str(error)
     if loaded.revision != facts.get("revision"):
         return None, (
-            f"{facts['id']} is at revision {loaded.revision} here, and the cache was made with {facts.get('revision')}"
+            f"{facts['id']} is at revision {loaded.revision} here, and the cache was made with "
+            f"{facts.get('revision')}; harvest again with this one to have them"
         )
     return loaded, ""
 

@@ -11,6 +11,7 @@ from evaluate.names import Metric, available, find
 from evaluate.page import render
 from evaluate.report import overall_report
 from evaluate.runs import find_runs
+from train.reading import read_device
 
 PAGE = "report.html"
 
@@ -18,6 +19,7 @@ PAGE = "report.html"
 def run(folder: Path, *, metrics: str, cache: Path | None, device: str, out: Path, seed: int) -> None:
     """Everything the command does. Raises UserError for what a user can mend."""
     chosen = choose_metrics(metrics)
+    read_device(device)  # a wrong one is said before anything is read
     complete, unfinished = find_runs(folder)
     for name in unfinished:
         print(f"note: left out {name}, whose training is not finished (python -m train --resume finishes it)")
@@ -54,7 +56,6 @@ def write_reports(measured: Measured, metrics: list[Metric], out: Path) -> None:
     write_file(out / REPORT, readable_json(report))
     write_file(out / PAGE, render(measured, tables, changes, faults, columns).encode())
     print(f"\n{wording.terminal_table(tables, columns)}\n")
-    for name, text in faults.items():
-        if columns[name].short:
-            print(f"unreliable here: {columns[name].short} ({text})")
+    for names, fault in wording.cautions(faults, columns):
+        print(f"unreliable alone: {names} ({fault})")
     print(f"{wording.multiplicity(changes)}\n{wording.sentence(changes)}\n{(out / PAGE).resolve()}")

@@ -26,6 +26,7 @@ class Recipe:
     kind: str = TRAINED
     is_plain: bool = False
     is_masked: bool = False
+    settings: str = ""  # what else differs, such as "lr 0.001"; compared are recipes of equal settings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +85,7 @@ def by_recipe(results: Iterable[Result]) -> dict[Recipe, list[Result]]:
 
 
 def _place(recipe: Recipe) -> tuple:
-    return recipe.arch, recipe.k, not recipe.is_plain, not recipe.is_masked, -recipe.d_sae, recipe.name
+    return recipe.arch, recipe.k, recipe.settings, not recipe.is_plain, not recipe.is_masked, -recipe.d_sae, recipe.name
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -104,14 +105,14 @@ def summaries(results: Iterable[Result]) -> dict[Recipe, dict[str, Estimate]]:
 
 
 def baseline_of(recipe: Recipe, recipes: Iterable[Recipe]) -> Recipe | None:
-    """What a recipe is compared with: plain training of the same architecture and k, with the largest dictionary."""
-    plain = [
-        other
-        for other in recipes
-        if other.is_plain and (other.bench, other.arch, other.k) == (recipe.bench, recipe.arch, recipe.k)
-    ]
+    """What a recipe is compared with: plain training of the same kind, with the largest dictionary."""
+    plain = [other for other in recipes if other.is_plain and _kind(other) == _kind(recipe)]
     best = max(plain, key=lambda other: other.d_sae, default=None)
     return None if best == recipe else best
+
+
+def _kind(recipe: Recipe) -> tuple[str, str, int, str]:
+    return recipe.bench, recipe.arch, recipe.k, recipe.settings
 
 
 def differences(results: Sequence[Result], columns: Sequence[str]) -> list[Difference]:
@@ -185,7 +186,7 @@ def _fault(column: Column, recipe: Recipe, trained: Estimate, control: Recipe, o
     lead = (trained.mean - other.mean) * (1.0 if column.better == "higher" else -1.0)
     if control.kind == ORACLE and column.oracle_is_best and lead > margin + TIE:
         return f"{recipe.arch} {recipe.name} scores better than the oracle, which knows the answers"
-    same_kind = (control.arch, control.k, control.d_sae) == (recipe.arch, recipe.k, recipe.d_sae)
-    if control.kind == RANDOM and same_kind and recipe.is_plain and column.random_is_worst and -lead > margin + TIE:
-        return f"an untrained {recipe.arch} scores better than a trained one"
+    same_size = (_kind(control), control.d_sae) == (_kind(recipe), recipe.d_sae)
+    if control.kind == RANDOM and same_size and recipe.is_plain and column.random_is_worst and -lead > margin + TIE:
+        return f"an untrained {recipe.arch} scores better than a trained one, so an SAE that finds nothing wins"
     return ""

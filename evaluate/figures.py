@@ -69,10 +69,11 @@ class Chart:
 def colours(recipes: Iterable[Recipe]) -> dict[Recipe, int]:
     """A colour number per trained recipe name, the same in every architecture; controls have none (-1)."""
     recipes = list(recipes)
-    names = list(dict.fromkeys((recipe.name, recipe.d_sae) for recipe in recipes if recipe.kind == TRAINED))
+    names = [(recipe.name, recipe.d_sae, recipe.settings) for recipe in recipes]
+    order = list(dict.fromkeys(name for name, recipe in zip(names, recipes, strict=True) if recipe.kind == TRAINED))
     return {
-        recipe: names.index((recipe.name, recipe.d_sae)) % N_COLOURS if recipe.kind == TRAINED else -1
-        for recipe in recipes
+        recipe: order.index(name) % N_COLOURS if recipe.kind == TRAINED else -1
+        for name, recipe in zip(names, recipes, strict=True)
     }
 
 

@@ -97,8 +97,12 @@ class Language:
 
     @cached_property
     def probe_rows(self) -> dict[str, dict[str, TaskRows]]:
-        """task name -> part name -> rows and labels, for the classes frequent enough in all three parts."""
-        return {task.name: self._task_rows(task) for task in self.tasks}
+        """task name -> part name -> rows and labels, for the classes frequent enough in all three parts.
+
+        A task without such a class is left out.
+        """
+        found = {task.name: self._task_rows(task) for task in self.tasks}
+        return {name: parts for name, parts in found.items() if len(parts["fit"].labels)}
 
     def _task_rows(self, task: ProbeTask) -> dict[str, TaskRows]:
         chosen = {
@@ -138,10 +142,11 @@ class Language:
 
     @cached_property
     def parents(self) -> tuple[Parents, ...]:
-        """The usable parents of every relation, with their dense-probe directions."""
-        return tuple(self._parents(relation) for relation in self.relations)
+        """The usable parents of every relation that has any, with their dense-probe directions."""
+        found = [self._parents(relation) for relation in self.relations]
+        return tuple(parents for parents in found if parents is not None and len(parents.classes))
 
-    def _parents(self, relation: Relation) -> Parents:
+    def _parents(self, relation: Relation) -> Parents | None:
         purpose = f"{relation.family}/{relation.parent}/{relation.child}/{relation.positions}"
         fit_rows, fit_values = self._sample(
             *class_labels(self.fit, relation.parent, relation.positions), PROBE_ROWS, purpose
@@ -152,6 +157,8 @@ class Language:
         usable = (fit_labels.sum(1) >= MIN_POSITIVES) & (on.sum(1) >= MIN_POSITIVES)
         usable &= (~fit_labels).sum(1) >= MIN_POSITIVES
         classes, fit_labels, on = classes[usable], fit_labels[usable], on[usable]
+        if not len(classes):
+            return None
 
         x = self.fit.x[fit_rows]
         standard = Standard.of(x)

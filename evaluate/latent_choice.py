@@ -49,8 +49,6 @@ def main_latents(latents: Tensor, labels: Tensor) -> list[np.ndarray]:
     Ordered by standardised positive mean difference. The first is always in; the next joins while the F1 of a
     logistic probe on all of them, on these rows, rises by more than 0.03 (the "split" latents of SAEBench absorption).
     """
-    if not len(labels):
-        return []
     order = mean_difference(latents, labels).topk(min(MAX_MAIN, latents.shape[1]), dim=1).indices
     actual = labels.cpu().numpy()
     probes = [fit_sparse(latents, labels, order[:, :k]) for k in range(1, order.shape[1] + 1)]

@@ -1,7 +1,7 @@
 """Measure runs and controls, one after another, and leave each run's report beside it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,40 +79,46 @@ def measure(runs: Sequence[Run], metrics: Sequence[Metric], *, cache: Path | Non
 
 
 def _cases(runs: list[Run], bench: Bench, bench_name: str, device: str) -> Iterator[_Case]:
-    for run in runs:
-        recipe = Recipe(
-            bench=bench_name,
-            arch=run.arch,
-            k=run.k,
-            d_sae=run.d_sae,
-            name=run.recipe,
-            is_plain=run.is_plain,
-            is_masked=run.is_masked,
-        )
+    """The runs, plain ones first, then an untrained SAE of each kind, then the oracle."""
+    for run in sorted(
+        runs, key=lambda run: (run.arch, run.k, not run.is_plain, not run.is_masked, -run.d_sae, run.name)
+    ):
 
         def trained(run: Run = run) -> Subject:
             return subject_of_sae(run.name, load_run(run.path, device).sae, run.k, bench)
 
-        yield _Case(name=run.name, recipe=recipe, seed=run.seed, make=trained, run=run)
+        yield _Case(name=run.name, recipe=_recipe(run, bench_name), seed=run.seed, make=trained, run=run)
     for run in _first_of_each_kind(runs):
-        recipe = Recipe(bench=bench_name, arch=run.arch, k=run.k, d_sae=run.d_sae, name=RANDOM, kind=RANDOM)
 
         def untrained(run: Run = run) -> Subject:
             return subject_of_sae(RANDOM, untrained_sae(run, bench.calibration), run.k, bench)
 
+        recipe = replace(_recipe(run, bench_name), name=RANDOM, kind=RANDOM, is_plain=False, is_masked=False)
         yield _Case(name=f"{RANDOM} {run.arch}", recipe=recipe, seed=run.seed, make=untrained)
     if bench.language is not None:
-        recipe = Recipe(
-            bench=bench_name, arch="", k=0, d_sae=len(bench.language.feature_names), name=ORACLE, kind=ORACLE
-        )
+        d_sae = len(bench.language.feature_names)
+        recipe = Recipe(bench=bench_name, arch="", k=0, d_sae=d_sae, name=ORACLE, kind=ORACLE)
         yield _Case(name=ORACLE, recipe=recipe, seed=0, make=lambda: oracle_subject(bench))
 
 
+def _recipe(run: Run, bench_name: str) -> Recipe:
+    return Recipe(
+        bench=bench_name,
+        arch=run.arch,
+        k=run.k,
+        d_sae=run.d_sae,
+        name=run.recipe,
+        is_plain=run.is_plain,
+        is_masked=run.is_masked,
+        settings=run.settings,
+    )
+
+
 def _first_of_each_kind(runs: list[Run]) -> list[Run]:
-    """One run per architecture and k, with the largest dictionary: the ones an untrained SAE stands beside."""
-    kinds: dict[tuple[str, int], Run] = {}
+    """One run per architecture, k and settings, the largest: the ones an untrained SAE stands beside."""
+    kinds: dict[tuple[str, int, str], Run] = {}
     for run in sorted(runs, key=lambda run: (-run.d_sae, run.seed)):
-        kinds.setdefault((run.arch, run.k), run)
+        kinds.setdefault((run.arch, run.k, run.settings), run)
     return list(kinds.values())
 
 

@@ -49,7 +49,7 @@ def render(
         sentence=wording.sentence(differences),
         multiplicity=wording.multiplicity(differences) if differences else "",
         missing=measured.missing,
-        unreliable={name: text for name, text in unreliable.items() if name in columns},
+        cautions=wording.cautions(unreliable, columns),
         table=_table(tables, columns, unreliable, named, hue),
         forest=figures.forest(differences, columns, named, hue),
         baseline=sorted({named[difference.baseline] for difference in differences}),
@@ -59,7 +59,7 @@ def render(
         legend=_legend(tables, hue),
         probes=[(k, bars) for k in KS if (bars := figures.probe_bars(k, tables, named, hue))],
         examples=[(named[example.recipe], hue[example.recipe], example) for example in measured.examples],
-        histograms=figures.histograms(measured.densities, named, hue),
+        histograms=figures.histograms({recipe: measured.densities[recipe] for recipe in tables}, named, hue),
         columns={name: column for name, column in columns.items() if any(name in table for table in tables.values())},
         n_colours=figures.N_COLOURS,
     )
@@ -69,7 +69,7 @@ def _legend(tables: Mapping[Recipe, Mapping[str, Estimate]], hue: Mapping[Recipe
     """(colour, recipe name) once each."""
     trained = [recipe for recipe in tables if recipe.kind == TRAINED]
     largest = max((recipe.d_sae for recipe in trained), default=0)
-    names = {hue[r]: r.name + (f", {r.d_sae} latents" if r.d_sae != largest else "") for r in trained}
+    names = {hue[r]: " ".join([r.name, f"{r.d_sae} latents" * (r.d_sae != largest), r.settings]) for r in trained}
     return sorted(names.items())
 
 

@@ -41,6 +41,7 @@ def run_report(run: Run, subject: Subject, by_metric: Mapping[str, Mapping[str, 
         "k": run.k,
         "d_sae": run.d_sae,
         "seed": run.seed,
+        "settings": run.settings,
         "cache_id": run.cache_id,
         "hook": run.hook,
         "threshold": {"trained": _threshold(subject.raw), "matched": _threshold(subject.dictionary)},
@@ -105,6 +106,7 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
         "k": recipe.k,
         "d_sae": recipe.d_sae,
         "recipe": recipe.name,
+        "settings": recipe.settings,
     }
 
 

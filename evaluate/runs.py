@@ -1,13 +1,14 @@
 """Runs: the trained SAEs under a folder, and the cache each was trained on."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError
 
 RUN_FILE = "run.json"
+_SETTINGS = (("config", "penalties"), ("config", "lr"), ("data", "n_tokens"), ("data", "batch_size"))
 
 
 class RunsIncomplete(UserError):
@@ -32,6 +33,7 @@ class Run:
     cache_path: str
     cache_id: str
     hook: str
+    settings: str = ""  # what else differs between the runs of the folder, such as "lr 0.001"
 
 
 def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
@@ -44,18 +46,32 @@ def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
     files = sorted([*folder.glob(RUN_FILE), *folder.glob(f"*/{RUN_FILE}")])
     if not files:
         raise UserError(f"{folder} holds no run (a folder with {RUN_FILE}); give the --out of python -m train")
-    complete, unfinished = [], []
+    complete: list[tuple[Run, dict[str, Any]]] = []
+    unfinished: list[str] = []
     for file in files:
         facts = _read(file)
         if facts.get("status") == "complete":
-            complete.append(_run(file, facts))
+            complete.append((_run(file, facts), facts))
         else:
             unfinished.append(file.parent.name)
     if not complete:
         raise RunsIncomplete(
             f"none of the {len(unfinished)} runs in {folder} is finished; run the same python -m train with --resume"
         )
-    return complete, unfinished
+    varying = [key for key in _SETTINGS if len({_setting(facts, key) for _, facts in complete}) > 1]
+    runs = [
+        replace(run, settings=", ".join(filter(None, (_setting(facts, key) for key in varying))))
+        for run, facts in complete
+    ]
+    return runs, unfinished
+
+
+def _setting(facts: dict[str, Any], key: tuple[str, str]) -> str:
+    """One fact of a run in words: "lr 0.001", or for penalties "l1=0.02"; empty if there is none."""
+    value = facts.get(key[0], {}).get(key[1])
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{key[1].replace('n_tokens', 'tokens')} {value}"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -71,10 +87,14 @@ def _read(file: Path) -> dict[str, Any]:
 def _run(file: Path, facts: dict[str, Any]) -> Run:
     try:
         config, cache = facts["config"], facts["cache"]
+        positions = facts.get("data", {}).get("positions", "all")
+        recipe = str(facts["recipe"])
+        if config["masked_fraction"] and positions != "all":
+            recipe += f", {positions}"
         return Run(
             path=file.parent,
             name=str(facts["name"]),
-            recipe=str(facts["recipe"]),
+            recipe=recipe,
             arch=str(config["arch"]),
             k=int(config["k"]),
             d_sae=int(config["d_sae"]),

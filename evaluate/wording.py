@@ -26,36 +26,41 @@ def labels(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
         words = [recipe.arch, recipe.name]
         words += [f"k {recipe.k}"] if several_k and recipe.arch else []
         words += [f"{recipe.d_sae} latents"] if recipe.kind == TRAINED and recipe.d_sae != largest else []
+        words += [recipe.settings]
         words += [f"({recipe.bench})"] if several_benches else []
         named[recipe] = " ".join(filter(None, words))
     return named
 
 
-def number(value: float, *, signed: bool = False) -> str:
-    """Three decimals, or one above 10; a true minus sign; a dash for NaN."""
+def number(value: float, *, signed: bool = False, like: float | None = None) -> str:
+    """Three decimals, or one above 10 (or as many as `like` gets); a true minus sign; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
-    text = f"{value:+.{1 if abs(value) >= 10 else 3}f}" if signed else f"{value:.{1 if abs(value) >= 10 else 3}f}"
+    decimals = 1 if abs(value if like is None else like) >= 10 else 3
+    text = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
     if float(text) == 0:
         text = text.lstrip("+-")
     return text.replace("-", "−")
 
 
 def error_of(estimate: Estimate) -> str:
-    """The standard error alone; empty for a single seed."""
-    return "" if math.isnan(estimate.error) else number(estimate.error)
+    """The standard error, as precise as its mean; empty for a single seed."""
+    return "" if math.isnan(estimate.error) else number(estimate.error, like=estimate.mean)
 
 
-def clause(difference: Difference, what: str) -> str:
-    """One paired difference in plain words."""
-    seeds = f"{difference.n} seed{'s' * (difference.n > 1)}"
-    text = (
-        f"over {seeds} training with '{difference.recipe.name}' changed {what} of {difference.recipe.arch} "
-        f"by {number(difference.mean, signed=True)}"
-    )
-    if difference.n < 2:
-        return f"{text}, and one seed says nothing about chance"
-    return f"{text} (95 % interval {number(difference.low)} to {number(difference.high)}): {difference.verdict}"
+def clause(differences: Sequence[Difference], what: str) -> str:
+    """What one recipe name changed, in every architecture it was trained in."""
+    seeds = sorted({difference.n for difference in differences})
+    over = " or ".join(map(str, seeds)) + f" seed{'s' * (seeds != [1])}"
+    changes = []
+    for difference in differences:
+        change = f"of {difference.recipe.arch} by {number(difference.mean, signed=True)}"
+        if difference.n < 2:
+            changes.append(f"{change} (one seed says nothing about chance)")
+        else:
+            interval = f"95 % interval {number(difference.low)} to {number(difference.high)}"
+            changes.append(f"{change} ({interval}: {difference.verdict})")
+    return f"over {over}, '{differences[0].recipe.name}' changed {what} {', '.join(changes)}"
 
 
 def sentence(differences: Sequence[Difference]) -> str:
@@ -64,14 +69,28 @@ def sentence(differences: Sequence[Difference]) -> str:
     for column, what in FOCUS.items():
         found = [difference for difference in masked if difference.column == column]
         if found:
-            text = "; ".join(clause(difference, what) for difference in found[:MAX_CLAUSES])
-            if len(found) > MAX_CLAUSES:
-                text += f"; and {len(found) - MAX_CLAUSES} more masked recipes, below"
+            names = list(dict.fromkeys(difference.recipe.name for difference in found))
+            clauses = [clause([d for d in found if d.recipe.name == name], what) for name in names[:MAX_CLAUSES]]
+            if len(names) > MAX_CLAUSES:
+                clauses.append(f"{len(names) - MAX_CLAUSES} more masked recipes are below")
+            text = "; ".join(clauses)
             return f"{text[0].upper()}{text[1:]}."
     return (
         "Nothing here says what masking does: "
         "that takes a masked and an unmasked run of the same architecture, k and seed."
     )
+
+
+def cautions(unreliable: Mapping[str, str], columns: Mapping[str, Column]) -> list[tuple[str, str]]:
+    """(names of columns, what is wrong with them), one entry per fault; columns with a short name come first."""
+    groups: dict[str, list[str]] = {}
+    for name, fault in unreliable.items():
+        groups.setdefault(fault, []).append(name)
+    entries = []
+    for fault, names in groups.items():
+        names.sort(key=lambda name: not columns[name].short)
+        entries.append((", ".join(columns[name].short or name for name in names), fault))
+    return entries
 
 
 def multiplicity(differences: Sequence[Difference]) -> str:
@@ -112,6 +131,8 @@ def _cell(estimate: Estimate) -> str:
 
 
 def _short(value: float) -> str:
+    if math.isnan(value):
+        return "–"
     if abs(value) >= 10:
         return f"{value:.0f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)

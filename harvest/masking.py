@@ -89,7 +89,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _known(tokenizer: Tokenizer, ids: list[int], text: str) -> bool:
     unknown = tokenizer.unk_token_id  # for GPT-2 that is a special token with a use of its own
-    return bool(ids) and (unknown is None or unknown not in ids or text == tokenizer.unk_token)
+    return unknown is None or unknown not in ids or text == tokenizer.unk_token
 
 
 def _is_one_token(tokenizer: Tokenizer, text: str) -> bool:

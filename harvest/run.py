@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cache_spec.commit import write_shard
 from cache_spec.create import create_cache, finalize_cache
-from cache_spec.errors import CacheConflict, DiskFull
+from cache_spec.errors import CacheConflict, DiskFull, UserError
 from cache_spec.layout import INTERNAL, PLAN, cache_bytes, shard_files
 from cache_spec.plan import Plan
 from cache_spec.progress import Progress
@@ -28,6 +28,8 @@ def harvest(loaded: LoadedModel, request: Request, out: Path, *, batch_windows: 
     Raises CacheConflict if `out` holds another plan or something else, DiskFull if the disk is or would be full, and
     UserError for text or a model that cannot give this cache.
     """
+    if batch_windows < 0:
+        raise UserError(f"--batch-windows is {batch_windows}; give a number of windows, or 0 to have one chosen")
     plan = _planned_before(loaded, request, out)
     missing, needed, free = _describe(plan or outline(loaded, request), out)
     if dry_run:

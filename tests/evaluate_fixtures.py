@@ -1,14 +1,18 @@
 """A planted world for the tests of evaluate: orthogonal parent and child directions, and SAEs built by hand."""
 
 from collections import namedtuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from cache_spec import ActivationCache
 from evaluate.language import EVERYWHERE, Language
 from evaluate.rows import Rows
 from evaluate.subject import Bench, Learned, Subject
 from train.activations import Threshold
+from train.run_folder import finish_run
 from train.sae import SparseAutoencoder
 
 Relation = namedtuple("Relation", "family parent child positions")
@@ -20,8 +24,8 @@ PARENT_STRENGTH = 2.0
 FIRST_OTHER = D_MODEL - N_OTHER
 
 
-def child_number(parent: int, child: int) -> int:
-    """The feature (and the direction: the standard basis) of one child."""
+def child_number(parent: Any, child: Any) -> Any:
+    """The feature (and the direction: the standard basis) of a child, or of many."""
     return N_PARENTS + parent * N_CHILDREN + child
 
 
@@ -101,3 +105,47 @@ def subject_of(dictionary, language: Language, name: str = "planted") -> Subject
 def subject_of_sae(sae: SparseAutoencoder, language: Language) -> Subject:
     """The same for an SAE."""
     return subject_of(Learned(sae=sae), language)
+
+
+def write_run(
+    folder: Path,
+    cache: ActivationCache,
+    sae: SparseAutoencoder,
+    *,
+    seed: int = 0,
+    masked: float = 0.0,
+    **changes: object,
+) -> Path:
+    """A finished run of `sae` on the first hook point of a cache, as python -m train leaves it."""
+    plan, hook = cache.plan, cache.plan.hooks[0]
+    recipe = f"masked {masked}" if masked else "unmasked"
+    name = f"batchtopk {recipe} seed{seed}".replace(" ", "_")
+    (folder / name).mkdir(parents=True)
+    facts = {
+        "name": name,
+        "recipe": recipe,
+        "config": {
+            "arch": "batchtopk",
+            "d_sae": sae.d_sae,
+            "k": 3,
+            "seed": seed,
+            "masked_fraction": masked,
+            "corrupt": "",
+        },
+        "data": {"hook": hook.name},
+        "cache": {
+            "path": str(cache.path),
+            "cache_id": plan.cache_id,
+            "hook": hook.name,
+            "hook_point": hook.hook_point,
+            "tl_name": hook.tl_name,
+            "hf_name": hook.hf_name,
+            "model": plan.model["id"],
+            "dataset": plan.source["id"],
+            "window_tokens": plan.window_tokens,
+            "prepend_bos": True,
+        },
+        "norm_factor": 1.0,
+    }
+    finish_run(folder / name, sae, {**facts, **changes})
+    return folder / name

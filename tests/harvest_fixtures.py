@@ -74,7 +74,9 @@ def save_model(folder: Path, family: str = "gpt_neox", dtype: torch.dtype = torc
 def random_documents(n: int, seed: int = 0, longest: int = 60) -> list[str]:
     """Documents of 1 to `longest` words."""
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, size=rng.integers(1, longest + 1))) for _ in range(n)]
+    ends = np.cumsum(rng.integers(1, longest + 1, size=n))
+    words = [WORDS[i] for i in rng.integers(0, len(WORDS), size=ends[-1])]
+    return [" ".join(words[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def write_text(path: Path, n_documents: int, seed: int = 0) -> Path:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_info_on_an_unfinished_cache_says_how_much_is_there(tmp_path):
     there = sum(shard_files(plan, 0).values())
     assert f"{bytes_for_people(there)} of {bytes_for_people(cache_bytes(plan))}" in text
     assert "allow_partial=True" in text
+
+
+def test_info_shortens_hashes_and_leaves_out_what_is_empty(tmp_path):
+    plan = replace(make_plan(), source={"id": "text", "revision": "", "sha256": "ab" * 32, "license": "x" * 99})
+    text = describe(ActivationCache.open(make_cache(tmp_path / "cache", plan)))
+    assert f"text, sha256 abababababab, license {'x' * 60}\n" in text
 
 
 def test_info_shows_the_largest_true_value_of_any_shard(path):

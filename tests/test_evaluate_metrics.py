@@ -16,6 +16,7 @@ from evaluate_fixtures import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluate.compare import Recipe
 from evaluate.example import recall_example
 from evaluate.language import EVERYWHERE
 from evaluate.metrics.absorption import absorption, mean_per_child, parent_latents, tokens_of_parent
@@ -23,6 +24,8 @@ from evaluate.metrics.ood import ood
 from evaluate.metrics.probing import probing
 from evaluate.metrics.recovery import recovery
 from evaluate.oracle import fit_oracle
+
+RECIPE = Recipe(bench="planted", arch="batchtopk", k=3, d_sae=170, name="unmasked")
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def test_the_oracles_directions_are_the_planted_ones(language):
 
 def test_the_worked_example_names_the_absorbing_latents(language):
     subject = subject_of_sae(planted_sae(12), language)
-    example = recall_example(subject, recipe=None, seed=0, parent=("same_token", 2))
+    example = recall_example(subject, recipe=RECIPE, seed=0, parent=("same_token", 2))
     assert example.parent == "letter L2"
     assert example.latents == (2,)
     for bar in example.bars:

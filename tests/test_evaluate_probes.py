@@ -68,10 +68,8 @@ def test_scores_equal_scikit_learn_ties_included(scores, seed):
     values = np.array([scores])
     y, predicted = labels[None], values > 0
     assert auc(values, y)[0] == pytest.approx(reference.roc_auc_score(labels, values[0]))
-    assert balanced_accuracy(predicted, y)[0] == pytest.approx(
-        reference.balanced_accuracy_score(labels, predicted[0])
-    )
-    assert f1_score(predicted, y)[0] == pytest.approx(reference.f1_score(labels, predicted[0], zero_division=0))
+    assert balanced_accuracy(predicted, y)[0] == pytest.approx(reference.balanced_accuracy_score(labels, predicted[0]))
+    assert f1_score(predicted, y)[0] == pytest.approx(reference.f1_score(labels, predicted[0]))
 
 
 def test_auc_needs_both_classes():
@@ -128,7 +126,6 @@ def test_main_latents_join_only_while_they_add_to_f1():
     whole = latents.clone()
     whole[on, 3] = 1.0  # now one latent says it all
     assert main_latents(whole, on.unsqueeze(0))[0].tolist() == [3]
-    assert main_latents(latents, torch.zeros(0, 1000, dtype=torch.bool)) == []
 
 
 def test_one_hot_marks_each_value_once():

@@ -98,7 +98,7 @@ def test_special_and_ordinary_tokens_share_out_the_vocabulary():
 
 
 def test_a_mask_string_of_one_token_is_found():
-    assert MASK == TOKENIZER.convert_tokens_to_ids("...")
+    assert TOKENIZER.convert_tokens_to_ids("...") == MASK
     assert mask_token(TOKENIZER, "w7") == TOKENIZER.convert_tokens_to_ids("w7")
 
 

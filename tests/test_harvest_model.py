@@ -238,7 +238,7 @@ def test_a_downloaded_model_needs_no_network_and_its_commit_is_its_revision(monk
 
 
 def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path):
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         load_model(str(tmp_path))
 
 
@@ -246,7 +246,7 @@ def test_an_unknown_architecture_is_named(folders, tmp_path):
     folder = shutil.copytree(folders["gpt_neox"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(UserError, match="is a mamba model; granary knows .*gemma2, gpt2, gpt_neox"):
+    with pytest.raises(UserError, match=r"is a mamba model; granary knows .*gemma2, gpt2, gpt_neox"):
         load_model(str(folder))
 
 

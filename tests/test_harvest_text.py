@@ -73,9 +73,7 @@ def test_a_file_of_another_kind_an_empty_folder_and_another_encoding_are_refused
 
 
 def test_the_embedded_text_follows_the_seed():
-    first, again, other = (
-        list(itertools.islice(open_text("embedded", seed).documents, 3)) for seed in (0, 0, 1)
-    )
+    first, again, other = (list(itertools.islice(open_text("embedded", seed).documents, 3)) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -117,7 +115,7 @@ def test_a_hub_data_set_is_streamed_at_the_commit_that_is_recorded(hub):
 def test_a_hub_data_set_without_text_or_without_the_config_says_so(hub):
     with pytest.raises(UserError, match="no column 'text', only body"):
         documents("owner/name:other")
-    with pytest.raises(UserError, match="cannot be read: BuilderConfig 'wrong' not found.$"):
+    with pytest.raises(UserError, match=r"cannot be read: BuilderConfig 'wrong' not found.$"):
         documents("owner/name:wrong")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from train_fixtures import DATA, make_training_cache
 from typer.testing import CliRunner
 
 from cache_spec import UserError
@@ -16,7 +17,6 @@ from train.grid import Lists, make_runs, schedule_for
 from train.loader import MixedBatchLoader
 from train.reading import parse_count, parse_numbers, parse_whole_numbers, read_device, split_list
 from train.scale import Scale
-from train_fixtures import DATA, make_training_cache
 
 ROOT = Path(__file__).parent.parent
 LISTS = Lists(arch=("topk",), d_sae=(32,), k=(3,), masked_fraction=(0.0,), corrupt=("none",), seed=(0,))
@@ -84,7 +84,7 @@ def test_dry_run_prints_the_runs_and_writes_nothing(cache, tmp_path):
         (["--k", "33"], "--k 33 is not between 1 and --d-sae 32"),
         (["--k", "0"], "--k 0 is not"),
         (["--k", "three"], "--k has 'three'; give whole numbers"),
-        (["--d-sae", "0"], "not between 1 and --d-sae 0"),
+        (["--d-sae", "0"], "--d-sae 0 is not positive"),
         (["--arch", "matryoshka", "--d-sae", "16"], "at least 32"),
         (["--hook", "layer_7"], "holds layer_1, not layer_7"),
         (["--hook", "somewhere"], "'somewhere' is not a hook point"),

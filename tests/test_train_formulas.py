@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from train_fixtures import run_config
 
 from train.config import RunConfig
 from train.kernels import select
 from train.names import available
 from train.step import TrainRun
-from train_fixtures import run_config
 
 D_MODEL, D_SAE, N_STEPS, N_ROWS = 8, 40, 24, 16
 
@@ -83,7 +83,7 @@ class Plain:
         self.silent = [0 if (f[:, i] > 0).any() else self.silent[i] + N_ROWS for i in range(D_SAE)]
         ends = [1, 3, 8, 18, 40] if config.arch == "matryoshka" else [D_SAE]
         errors = [(x - f[:, :end] @ w["W_dec"][:end] - w["b_dec"]).square().sum(1).mean() for end in ends]
-        loss = sum(errors) / len(ends) ** 2
+        loss = torch.stack(errors).sum() / len(ends) ** 2
         warm = min(self.t / config.sparsity_warmup_steps, 1.0)
         residual = (x - f @ w["W_dec"] - w["b_dec"]).detach()
         if config.arch == "standard":
@@ -101,7 +101,7 @@ class Plain:
         return found
 
     def threshold_gradient(self, pre: Tensor, f: Tensor, residual: Tensor, warm: float) -> Tensor:
-        """Pseudo-derivatives with a rectangle of width 0.001: of f it is -(theta / 0.001), of the count -(1 / 0.001)."""
+        """Pseudo-derivatives, with a rectangle of width 0.001: -(theta / 0.001) for f, -(1 / 0.001) for the count."""
         theta = self.weights["threshold"].detach()
         found = torch.zeros_like(theta)
         l0 = (f > theta).double().sum(1).mean()
@@ -148,6 +148,11 @@ def start(config: RunConfig, dtype: torch.dtype) -> TrainRun:
     return run
 
 
+def require(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
 CONFIGS = {
     arch: run_config(arch, d_sae=D_SAE, lr=3e-2, decay_start=18, dead_tokens=3 * N_ROWS, threshold_start=3)
     for arch in ("standard", "topk", "batchtopk", "matryoshka", "jumprelu")
@@ -166,7 +171,7 @@ def test_training_follows_the_formulas(arch):
         assert run.sae.prefixes == (1, 3, 8, 18, 40)
     if arch == "jumprelu":  # thresholds where many pre-activations are, so that their gradient is put to work
         with torch.no_grad():
-            run.sae.threshold.copy_(torch.linspace(0, 0.3, D_SAE))
+            require(run.sae.threshold).copy_(torch.linspace(0, 0.3, D_SAE))
     weights = {name: tensor.detach() for name, tensor in run.sae.named_parameters()}
     plain = Plain(config, weights)
     begin = {name: tensor.clone() for name, tensor in weights.items()}
@@ -182,7 +187,7 @@ def test_training_follows_the_formulas(arch):
     assert run.silent_tokens.tolist() == plain.silent
     assert saw_dead == (arch != "standard")
     if arch in ("batchtopk", "matryoshka"):
-        assert run.sae.threshold.item() == pytest.approx(plain.theta, rel=1e-9)
+        assert require(run.sae.threshold).item() == pytest.approx(plain.theta, rel=1e-9)
 
 
 @pytest.mark.parametrize("arch", CONFIGS)

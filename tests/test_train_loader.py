@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_fixtures import DATA, SCALE, make_training_cache
 
 from cache_spec import CacheError, UserError
 from train.loader import SKIPPED, MixedBatchLoader, n_masked_rows
-from train_fixtures import DATA, SCALE, make_training_cache
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def test_rows_are_the_cache_s_rows_over_the_norm_factor(cache):
         rows = loader.read(step)
         for tensor, variant in ((rows.clean, "clean"), (rows.masked, "masked")):
             true = cache.read("layer_1", variant, rows.row).astype(np.float64) * SCALE
+            assert tensor is not None
             np.testing.assert_allclose(tensor.numpy(), true / loader.scale.norm_factor, rtol=1e-6)
 
 

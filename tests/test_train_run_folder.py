@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from train_fixtures import DATA, SCALE, make_training_cache, run_config
 
 import train
 from cache_spec import UserError
@@ -14,7 +15,6 @@ from train.loader import MixedBatchLoader
 from train.run_folder import fold, load_run
 from train.step import TrainRun
 from train.sweep import train_sweep
-from train_fixtures import DATA, SCALE, make_training_cache, run_config
 
 ARCHES = ["standard", "topk", "batchtopk", "matryoshka", "jumprelu"]
 

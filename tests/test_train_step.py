@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from train_fixtures import RUN, run_config
 
 from cache_spec import UserError
 from train.kernels import select
 from train.names import find
 from train.step import TrainRun, learning_rate, penalties_of, recipe_of
-from train_fixtures import RUN, run_config
 
 D_MODEL = 8
 

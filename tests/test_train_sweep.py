@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from train_fixtures import DATA, make_training_cache, run_config
 
 from cache_spec import UserError
 from train.__main__ import app
@@ -20,7 +21,6 @@ from train.loader import MixedBatchLoader
 from train.run_folder import COMPLETE, load_run
 from train.step import TrainRun
 from train.sweep import Unfinished, train_sweep
-from train_fixtures import DATA, make_training_cache, run_config
 
 ROOT = Path(__file__).parent.parent
 RUNS = [
@@ -55,8 +55,8 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def interrupt(monkeypatch, step: int) -> None:
-    """The next sweep is interrupted while it reads this step's rows."""
+def train_until(step: int, loader: MixedBatchLoader, runs, out: Path) -> None:
+    """Train, resuming if need be, and be interrupted while this step's rows are read."""
     read = MixedBatchLoader.read
 
     def stop(self, at, **how):
@@ -64,16 +64,17 @@ def interrupt(monkeypatch, step: int) -> None:
             raise KeyboardInterrupt
         return read(self, at, **how)
 
-    monkeypatch.setattr(MixedBatchLoader, "read", stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MixedBatchLoader, "read", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_sweep(loader, runs, out=out, checkpoint_every=EVERY, resume=True)
 
 
 @pytest.mark.parametrize("steps", [[20], [3], [14, 15, 16, 50]])
-def test_a_resumed_sweep_ends_as_if_it_had_never_stopped(steps, whole, loader, tmp_path, monkeypatch):
+def test_a_resumed_sweep_ends_as_if_it_had_never_stopped(steps, whole, loader, tmp_path):
     """Weights, thresholds, logs and run.json, byte for byte; with all controls, AuxK and both kinds of threshold."""
     for step in steps:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt(patch, step)
-            train_sweep(loader, RUNS, out=tmp_path / "runs", checkpoint_every=EVERY, resume=True)
+        train_until(step, loader, RUNS, tmp_path / "runs")
         statuses = {json.loads(path.read_text())["status"] for path in (tmp_path / "runs").glob("*/run.json")}
         assert statuses == {"training"}
         assert not list((tmp_path / "runs").glob("*/cfg.json"))
@@ -81,11 +82,9 @@ def test_a_resumed_sweep_ends_as_if_it_had_never_stopped(steps, whole, loader, t
     assert contents(tmp_path / "runs") == contents(whole)
 
 
-def test_runs_that_stopped_at_different_steps_go_on_from_where_each_was(whole, loader, tmp_path, monkeypatch):
+def test_runs_that_stopped_at_different_steps_go_on_from_where_each_was(whole, loader, tmp_path):
     for out, step in (("early", 10), ("late", 40)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt(patch, step)
-            train_sweep(loader, RUNS, out=tmp_path / out, checkpoint_every=EVERY)
+        train_until(step, loader, RUNS, tmp_path / out)
     (tmp_path / "late" / "masked").rename(tmp_path / "late" / "gone")
     (tmp_path / "early" / "masked").rename(tmp_path / "late" / "masked")
     (tmp_path / "late" / "standard" / "state" / "checkpoint.json").unlink()  # as if killed before its first
@@ -175,13 +174,11 @@ def test_reports_beside_the_runs_and_what_a_kill_leaves_are_no_obstacle(loader, 
     ]
 
 
-def test_a_damaged_checkpoint_is_said_to_be_one(loader, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 20)
-        train_sweep(loader, RUNS[:1], out=tmp_path, checkpoint_every=EVERY)
+def test_a_damaged_checkpoint_is_said_to_be_one(loader, tmp_path):
+    train_until(20, loader, RUNS[:1], tmp_path)
     (state,) = (tmp_path / "batchtopk" / "state").glob("*.safetensors")
     state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(UserError, match="checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"checkpoint in .* is damaged"):
         train_sweep(loader, RUNS[:1], out=tmp_path, resume=True)
 
 
@@ -239,8 +236,8 @@ def test_reading_the_cache_again_is_announced(loader, tmp_path, caplog):
 def test_kill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(cache, tmp_path):
     """kill -9 soon after a checkpoint, twice; when the command gets through, it is as if it had never been killed."""
     arguments = [
-        *("--cache", str(cache.path), "--arch", "batchtopk,topk", "--k", "3", "--d-sae", "32", "--tokens", "40k"),
-        *("--batch-size", "32", "--checkpoint-every", "20", "--masked-fraction", "0.5"),
+        *("--cache", str(cache.path), "--arch", "batchtopk,topk", "--k", "3", "--d-sae", "32", "--tokens", "16k"),
+        *("--batch-size", "32", "--checkpoint-every", "50", "--masked-fraction", "0.5"),
     ]
     app([*arguments, "--out", str(tmp_path / "whole")], standalone_mode=False)
     random.seed(0)

@@ -16,7 +16,9 @@ Cache = Annotated[Path, typer.Option(help="The activation cache, a folder that p
 Out = Annotated[Path, typer.Option(help="Folder for the runs; each run gets a folder of its own in it.")]
 Hook = Annotated[str, typer.Option(help="Hook point, such as layer_12. Default: the cache's, if it holds only one.")]
 AllowPartial = Annotated[bool, typer.Option("--allow-partial", help="Train from a cache that misses shards.")]
-Tokens = Annotated[str, typer.Option(help="Rows to train on, such as 50M; more than there are means several epochs.")]
+Tokens = Annotated[
+    str, typer.Option(help="Rows to train on, such as 50M; more than there are: several epochs. Default: as many.")
+]
 BatchSize = Annotated[int, typer.Option(help="Rows in a batch.", min=1)]
 MaskedVariant = Annotated[str, typer.Option(help="The cache's variant that masked rows are taken from.")]
 Positions = Annotated[

@@ -68,8 +68,6 @@ def absorption(subject: Subject) -> dict[str, float]:
     found: dict[str, dict[str, float]] = {}
     n_main: list[int] = []
     for parents in language.parents:
-        if not len(parents.classes):
-            continue
         main = parent_latents(subject, parents)
         n_main += [len(latents) for latents in main]
         found[parents.relation.family] = _relation(subject, parents, main)

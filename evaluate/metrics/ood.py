@@ -38,6 +38,8 @@ def ood(subject: Subject) -> dict[str, float]:
     """
     language = subject.bench.language
     assert language is not None
+    if not language.probe_rows:
+        return {}
 
     def mean(scores: dict[str, dict[str, dict[str, np.ndarray]]], part: str) -> float:
         return float(np.mean([task[part]["auc"].mean() for task in scores.values()]))

@@ -45,6 +45,8 @@ def probing(subject: Subject) -> dict[str, float]:
     language = subject.bench.language
     assert language is not None
     values: dict[str, float] = {}
+    if not language.probe_rows:
+        return values
     for score in ("auc", "balanced_accuracy"):
         for part, tail in (("test", ""), ("shifted", "_shifted")):
             for k in KS:
@@ -62,8 +64,6 @@ def sparse_scores(subject: Subject) -> dict[int, dict[str, dict[str, dict[str, n
     assert language is not None
     found: dict[int, dict[str, dict[str, dict[str, np.ndarray]]]] = {k: {} for k in KS}
     for task, parts in language.probe_rows.items():
-        if not len(parts["fit"].labels):
-            continue
         latents = {
             part: subject.latents(part)[to_labels(rows.rows, subject.latents(part))] for part, rows in parts.items()
         }

@@ -47,7 +47,7 @@ def losses(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _activations(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> np.ndarray:
+def activations(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> np.ndarray:
     """Residual stream at `HOOK_POINT`: [n_documents, 64] -> [n_documents, 64, d_model]."""
     layer = HookPoint.parse(HOOK_POINT).layer
     found: list[torch.Tensor] = []
@@ -65,7 +65,7 @@ def _activations(model: GPTNeoXForCausalLM, tokens: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _accuracy(model: GPTNeoXForCausalLM, corpus: Corpus, positions: str) -> float:
+def accuracy(model: GPTNeoXForCausalLM, corpus: Corpus, positions: str) -> float:
     """Share of the tokens at `positions` that the model would have said itself."""
     right: list[np.ndarray] = []
     where = corpus.positions[positions][:, 1:]
@@ -102,8 +102,8 @@ def measure(model: GPTNeoXForCausalLM, n_documents: int, seed: int) -> tuple[Mea
     drafts = [held_out(n_documents, "test", seed, shifted) for shifted in (False, True)]
     tests = [label(each) for each in drafts]
     fit = label(held_out(n_documents, "probe", seed, False))
-    fitted_on = (fit, _activations(model, fit.tokens))
-    tested_on = [(corpus, _activations(model, corpus.tokens)) for corpus in tests]
+    fitted_on = (fit, activations(model, fit.tokens))
+    tested_on = [(corpus, activations(model, corpus.tokens)) for corpus in tests]
     aucs = {task.name: probe_aucs(task, fitted_on, tested_on) for task in PROBE_TASKS}
     results: list[Measured] = []
     for which, (written, corpus) in enumerate(zip(drafts, tests, strict=True)):
@@ -113,8 +113,8 @@ def measure(model: GPTNeoXForCausalLM, n_documents: int, seed: int) -> tuple[Mea
                 loss=float(loss.mean()),
                 loss_error=float((loss - floor).mean(axis=1).std() / np.sqrt(len(loss))),
                 floor=float(floor.mean()),
-                spelling=_accuracy(model, corpus, "spelling_answer"),
-                sorting=_accuracy(model, corpus, "sorting_answer"),
+                spelling=accuracy(model, corpus, "spelling_answer"),
+                sorting=accuracy(model, corpus, "sorting_answer"),
                 probe_auc={name: both[which] for name, both in aucs.items()},
             )
         )

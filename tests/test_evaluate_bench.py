@@ -1,0 +1,165 @@
+"""The bench: which rows of a cache are scored, and what the labelled text holds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cache_fixtures import make_hook, make_plan, make_shard
+
+from cache_spec import (
+    FLAG_BOS,
+    FLAG_PAD,
+    FLAG_SPECIAL,
+    FLAG_VALID,
+    ActivationCache,
+    CacheError,
+    HookPoint,
+    UserError,
+    create_cache,
+    finalize_cache,
+    write_shard,
+)
+from evaluate import bench
+from evaluate.language import EVERYWHERE
+from evaluate.rows import class_labels
+from harvest import embedded
+from harvest.model import activations, load_model
+
+FLAGS = [FLAG_VALID, FLAG_VALID | FLAG_BOS, FLAG_VALID | FLAG_SPECIAL, FLAG_VALID | FLAG_PAD, 0]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Two training and two held-out shards, every kind of flag, stored values half of the true ones."""
+    plan = replace(make_plan(n_rows=256, n_train_rows=128, n_masked=2), hooks=(make_hook(1, 6, scale_factor=2.0),))
+    create_cache(tmp_path / "cache", plan)
+    for shard in range(plan.n_shards):
+        values, columns = make_shard(plan, shard)
+        columns["flags"] = np.array([FLAGS[i % 5] for i in range(64)], dtype=np.uint8)
+        columns["doc"] = np.arange(64, dtype=np.uint32) // 5
+        columns["mask"] = (np.arange(64) % 4).astype(np.uint8)
+        write_shard(tmp_path / "cache", plan, shard, values, columns)
+    finalize_cache(tmp_path / "cache")
+    return ActivationCache.open(tmp_path / "cache")
+
+
+def test_only_plain_held_out_tokens_are_read_and_documents_are_not_shared(cache):
+    found = bench.read_held_out(cache, cache.plan.hooks[0], "cpu")
+    plain = np.arange(64) % 5 == 0
+    odd = np.arange(64) // 5 % 2 == 1
+    for rows, chosen in ((found.calibration, plain & odd), (found.clean, plain & ~odd)):
+        stored = np.concatenate([cache.activations("layer_1", "clean", shard)[chosen] for shard in (2, 3)])
+        np.testing.assert_array_equal(rows.x.numpy(), stored.astype(np.float32) * 2)
+    masked = np.concatenate([cache.activations("layer_1", "masked", shard)[plain & ~odd] for shard in (2, 3)])
+    assert found.masked is not None
+    np.testing.assert_array_equal(found.masked.x.numpy(), masked.astype(np.float32) * 2)
+    bit = np.concatenate([np.arange(64)[plain & ~odd] % 2 == 1] * 2)
+    np.testing.assert_array_equal(found.replaced, bit)
+
+
+def test_a_cache_without_held_out_rows_is_an_error_that_says_what_to_do(tmp_path):
+    plan = make_plan(n_rows=128, n_train_rows=128)
+    create_cache(tmp_path / "cache", plan)
+    for shard in range(plan.n_shards):
+        write_shard(tmp_path / "cache", plan, shard, *make_shard(plan, shard))
+    finalize_cache(tmp_path / "cache")
+    with pytest.raises(CacheError, match="--held-out"):
+        bench.read_held_out(ActivationCache.open(tmp_path / "cache"), plan.hooks[0], "cpu")
+
+
+def test_a_cache_without_masked_rows_is_scored_on_clean_ones_alone(tmp_path):
+    plan = make_plan(n_rows=192, n_train_rows=64, n_masked=0)
+    create_cache(tmp_path / "cache", plan)
+    for shard in range(plan.n_shards):
+        values, columns = make_shard(plan, shard)
+        columns["flags"] = np.full(64, FLAG_VALID, dtype=np.uint8)
+        write_shard(tmp_path / "cache", plan, shard, values, columns)
+    finalize_cache(tmp_path / "cache")
+    found = bench.read_held_out(ActivationCache.open(tmp_path / "cache"), plan.hooks[0], "cpu")
+    assert found.masked is None
+    assert found.replaced is None
+
+
+def unreachable(name: str, **_: str) -> None:
+    raise UserError(f"'{name}' cannot be had")
+
+
+def test_what_cannot_be_measured_is_said_with_its_reason(cache, monkeypatch):
+    monkeypatch.setattr(bench, "load_model", unreachable)
+    made = bench.make_bench(cache, cache.plan.hooks[0], device="cpu", seed=0, with_model=True, with_language=True)
+    assert made.language is made.splice is None
+    assert any("'made-up' cannot be had" in text for text in made.missing)
+    assert any("ground truth" in text and "made-up" in text for text in made.missing)
+
+
+def test_another_revision_of_the_model_is_not_used(cache, monkeypatch):
+    loaded = replace(load_model("tiny"), revision="another")
+    monkeypatch.setattr(bench, "load_model", lambda name, **_: loaded)
+    made = bench.make_bench(cache, cache.plan.hooks[0], device="cpu", seed=0, with_model=True, with_language=False)
+    assert made.splice is None
+    assert "at revision another here" in made.missing[0]
+
+
+@pytest.fixture(scope="module")
+def small_language():
+    """The labelled text of the embedded model, in small."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(bench, "N_DOCUMENTS", {"fit": 60, "test": 60, "shifted": 40})
+    patch.setattr(bench, "N_EVERYWHERE", 500)
+    patch.setattr(bench, "N_SPLICE_WINDOWS", 5)
+    patch.setattr(bench, "PROBE_ROWS", 150)
+    loaded = load_model("tiny")
+    language, windows = bench.make_language(loaded, HookPoint.parse(embedded.HOOK_POINT), seed=3)
+    yield loaded, language, windows
+    patch.undo()
+
+
+def test_labelled_rows_are_the_models_activations_at_their_tokens(small_language):
+    loaded, language, windows = small_language
+    hook_point = HookPoint.parse(embedded.HOOK_POINT)
+    whole = activations(loaded, torch.from_numpy(windows.tokens), [hook_point])[hook_point]
+    flat = whole.reshape(-1, loaded.d_model)
+    numbers = [
+        int((flat - row).abs().sum(1).argmin()) for row in language.test.x[:20]
+    ]  # the first rows kept lie in the first windows
+    for i, number in enumerate(numbers):
+        torch.testing.assert_close(flat[number], language.test.x[i], rtol=1e-4, atol=1e-4)
+        assert (windows.features.reshape(-1, windows.features.shape[-1])[number] == language.test.features[i]).all()
+
+
+def test_every_relation_and_task_finds_its_rows_and_the_first_token_is_never_one(small_language):
+    _, language, windows = small_language
+    bos = list(language.feature_names).index("token <bos>")
+    assert windows.features[:, 0, bos].all()
+    for part in ("fit", "test", "shifted"):
+        rows = language.part(part)
+        assert not rows.features[:, bos].any()
+        for task in language.tasks:
+            assert len(class_labels(rows, task.attribute, task.positions)[0]) > 0
+        for relation in language.relations:
+            assert len(class_labels(rows, relation.parent, relation.positions)[0]) > 0
+    assert language.test.positions[EVERYWHERE].sum() == language.even.n == 500
+
+
+def test_position_sets_are_thinned_to_what_is_read(small_language):
+    _, language, _ = small_language
+    related = {relation.positions for relation in language.relations}
+    for task in language.tasks:
+        if task.positions not in related:
+            assert language.fit.positions[task.positions].sum() <= 150
+
+
+def test_the_three_texts_and_other_seeds_share_no_documents(small_language):
+    _, language, windows = small_language
+    other = embedded.generate(60, bench.derive_seed("evaluate/text", 3, "fit"))
+    assert not (windows.tokens[:, None] == other.tokens[None]).all(-1).any()
+    assert not torch.equal(language.fit.x[:50], language.test.x[:50])
+
+
+def test_a_splice_replaces_every_token_but_the_special_ones(small_language):
+    loaded, _, windows = small_language
+    splice = bench.make_splice(loaded, make_hook(1, loaded.d_model), windows.tokens, windows.features)
+    assert (splice.replaced == (splice.tokens != loaded.tokenizer.bos_token_id)).all()
+    assert splice.rows.features is not None
+    assert splice.rows.n == int(splice.replaced.sum()) == len(splice.rows.features)

@@ -1,0 +1,278 @@
+"""The harvest end to end: every row is the model's activation of its token, whatever happened on the way."""
+
+import dataclasses
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from harvest_fixtures import request_for, save_model, write_text
+
+from cache_spec import ActivationCache, CacheConflict, CacheError, DiskFull, HookPoint, verify_cache
+from cache_spec.files import Partial
+from harvest import run
+from harvest.masking import draw_mask
+from harvest.model import activations, load_model
+from harvest.planning import make_plan
+from harvest.shard import Job, make_shard, row_order, windows_of
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 400)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {name: load_model(str(save_model(tmp_path_factory.mktemp(name), name))) for name in ("gpt_neox", "gemma2")}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory, models, text):
+    """A cache of each model, of two hook points and all three kinds of variant."""
+    opened = {}
+    for name, loaded in models.items():
+        out = tmp_path_factory.mktemp("caches") / name
+        run.harvest(loaded, request_for(loaded, text, layers="2,mlp_out.1", random_prob=0.1, context=48), out)
+        opened[name] = ActivationCache.open(out)
+    return opened
+
+
+@pytest.fixture(params=["gpt_neox", "gemma2"])
+def family(request):
+    return request.param
+
+
+def every(cache, column):
+    return np.concatenate([cache.column(column, shard) for shard in cache.shards])
+
+
+def files_of(cache):
+    """Every file that the plan decides, and its bytes; records and the root carry times and process numbers."""
+    own = ("shards", "manifest.json", "lock")
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path != cache / "zarr.json" and not any(part in own for part in path.parts)
+    }
+
+
+def test_a_harvest_is_complete_and_every_checksum_matches(caches, family):
+    assert caches[family].status == "complete"
+    assert list(verify_cache(caches[family].path)) == []
+
+
+def test_every_row_is_the_activation_of_its_token_in_every_variant(caches, models, family):
+    """Each window of the columns is run again, alone, and its rows are compared."""
+    cache, loaded = caches[family], models[family]
+    window, pos = every(cache, "window"), every(cache, "pos")
+    for variant in cache.plan.variants:
+        name = "token" if variant.name == "clean" else f"token_{variant.name}"
+        tokens = np.full((window.max() + 1, cache.plan.window_tokens), loaded.tokenizer.eos_token_id)
+        tokens[window, pos] = every(cache, name)  # a cut window lacks its end, which no earlier token sees
+        for hook in cache.plan.hooks:
+            point = HookPoint.parse(hook.hook_point)
+            wanted = activations(loaded, torch.from_numpy(tokens), [point])[point][window, pos].numpy()
+            stored = cache.read(hook.name, variant.name, np.arange(cache.plan.n_rows)).astype(np.float32)
+            np.testing.assert_allclose(stored * hook.scale_factor, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_each_token_of_each_window_is_one_row_and_held_out_rows_follow(caches, family):
+    cache = caches[family]
+    plan = cache.plan
+    place = every(cache, "window").astype(np.int64) * plan.window_tokens + every(cache, "pos")
+    train = np.arange(plan.n_train_rows)
+    held_out = plan.n_train_windows * plan.window_tokens + np.arange(plan.n_rows - plan.n_train_rows)
+    assert np.array_equal(np.sort(place[: plan.n_train_rows]), train)
+    assert np.array_equal(np.sort(place[plan.n_train_rows :]), held_out)
+    assert plan.n_train_rows % plan.window_tokens  # so the last train window is cut here
+    doc = every(cache, "doc")
+    assert not np.intersect1d(doc[: plan.n_train_rows], doc[plan.n_train_rows :]).size
+
+
+def test_rows_are_shuffled_within_their_shard(caches, family):
+    cache = caches[family]
+    for shard in cache.shards:
+        rank = np.argsort(np.argsort(cache.column("window", shard).astype(np.int64) * 100 + cache.column("pos", shard)))
+        assert abs(np.corrcoef(rank, np.arange(len(rank)))[0, 1]) < 0.15
+    assert not np.array_equal(row_order(cache.plan, 0), row_order(cache.plan, 1))
+
+
+def test_columns_say_what_the_model_read(caches, models, family):
+    cache, tokenizer = caches[family], models[family].tokenizer
+    token, flags, mask = every(cache, "token"), every(cache, "flags"), every(cache, "mask")
+    assert (flags & 1).all()
+    assert np.array_equal(flags & 2 > 0, every(cache, "pos") == 0)
+    assert np.array_equal(flags & 4 > 0, np.isin(token, tokenizer.all_special_ids))
+    assert not (flags & 8).any()
+    assert (token[flags & 2 > 0] == tokenizer.bos_token_id).all()
+    masked, random = every(cache, "token_masked"), every(cache, "token_random")
+    assert np.array_equal(masked, np.where(mask & 1, cache.plan.variants[1].mask_token, token))
+    assert np.array_equal(random[mask & 2 == 0], token[mask & 2 == 0])
+    assert not (mask[flags & 4 > 0]).any()
+    ordinary = flags & 4 == 0
+    assert abs((mask[ordinary] & 1).mean() - 0.3) < 0.03
+    assert abs((mask[ordinary] & 2).mean() / 2 - 0.1) < 0.02
+
+
+def test_the_mask_column_is_the_draw_of_its_window(caches, models, family):
+    cache = caches[family]
+    window, pos, mask = (every(cache, name) for name in ("window", "pos", "mask"))
+    special = np.zeros((window.max() + 1, cache.plan.window_tokens), bool)
+    special[window, pos] = every(cache, "flags") & 4 > 0
+    draws = np.stack([draw_mask(cache.plan.seed, "masked", i, row, 0.3) for i, row in enumerate(special)])
+    assert np.array_equal(draws[window, pos], mask & 1 > 0)
+
+
+@pytest.mark.parametrize("batch_windows", [1, 7, 1000])
+def test_the_batch_size_changes_no_column_and_activations_only_by_rounding(models, text, family, batch_windows):
+    loaded = models[family]
+    plan, windows = make_plan(loaded, request_for(loaded, text, random_prob=0.2))
+    arrays, columns = make_shard(Job(plan=plan, windows=windows, loaded=loaded, batch_windows=20), 1)
+    others, same = make_shard(Job(plan=plan, windows=windows, loaded=loaded, batch_windows=batch_windows), 1)
+    for name, values in columns.items():
+        assert np.array_equal(values, same[name]), name
+    for name, values in arrays.items():
+        np.testing.assert_allclose(values, others[name], rtol=2e-3, atol=2e-3)
+
+
+def test_the_windows_of_all_shards_cover_each_split_once(caches, family):
+    plan = caches[family].plan
+    rows = []
+    for shard in range(plan.n_shards):
+        numbers, skip = windows_of(plan, shard)
+        start = int(numbers[0]) * plan.window_tokens + skip
+        assert 0 <= skip < plan.window_tokens
+        assert (len(numbers) - 1) * plan.window_tokens < skip + plan.rows_in(shard) <= len(numbers) * plan.window_tokens
+        rows += range(start, start + plan.rows_in(shard))
+    assert len(rows) == len(set(rows)) == plan.n_rows
+
+
+def test_scaled_activations_are_stored_divided(models, text, tmp_path):
+    loaded = models["gpt_neox"]
+    plain, scaled = tmp_path / "plain", tmp_path / "scaled"
+    run.harvest(loaded, request_for(loaded, text), plain)
+    run.harvest(loaded, request_for(loaded, text, scale_factor=16.0), scaled)
+    first, second = (ActivationCache.open(path).activations("layer_1", "clean", 0) for path in (plain, scaled))
+    np.testing.assert_allclose(second.astype(np.float32) * 16, first.astype(np.float32), rtol=1e-3, atol=1e-3)
+
+
+def test_a_value_beyond_fp16_raises_and_is_never_stored(text, tmp_path):
+    loaded = load_model(str(save_model(tmp_path / "model")))
+    loaded.model.get_submodule("gpt_neox.layers.1.mlp.dense_4h_to_h").weight.mul_(1e6)
+    out = tmp_path / "cache"
+    with pytest.raises(CacheError, match=r"infinite or NaN, and fp16 ends at 65,504; .* a scale factor above 1"):
+        run.harvest(loaded, request_for(loaded, text, scale_factor=1.0), out)
+    assert not list(out.rglob("c/*/0"))
+    run.harvest(loaded, request_for(loaded, text), tmp_path / "scaled")  # the pilot finds a scale that does
+    assert ActivationCache.open(tmp_path / "scaled").plan.hooks[0].scale_factor > 1
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(models, text, tmp_path, capsys):
+    loaded = load_model(models["gemma2"].name, weights=False)
+    run.harvest(loaded, request_for(loaded, text), tmp_path / "new" / "cache", dry_run=True)
+    said = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    for fact in ("resid_post.1 (model.layers.1, 16 wide", "masked (p = 0.3)", "5,120 to train on + 1,024 held out"):
+        assert fact in said
+    assert "needed" in said
+    assert "free" in said
+
+
+def test_the_bytes_announced_are_the_bytes_written(models, text, tmp_path, capsys):
+    loaded, out = models["gpt_neox"], tmp_path / "cache"
+    run.harvest(loaded, request_for(loaded, text), out)
+    announced = float(capsys.readouterr().out.split("disk      ")[1].split(" kB")[0])
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.suffix != ".json")
+    assert announced == pytest.approx(written / 1000, rel=0.01)
+
+
+def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, monkeypatch, capsys):
+    loaded, whole, out = models["gemma2"], tmp_path / "whole", tmp_path / "cut"
+    request = request_for(loaded, text)
+    run.harvest(loaded, request, whole)
+    real, made = run.write_shard, []
+
+    def stopping(path, plan, shard, *arrays):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(shard)
+        return real(path, plan, shard, *arrays)
+
+    monkeypatch.setattr(run, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run.harvest(loaded, request, out)
+    assert f"stopped after 2 of 6 shards, which are in {out}" in capsys.readouterr().out
+    assert not list(out.rglob("*.partial"))
+    monkeypatch.setattr(run, "write_shard", lambda *facts: made.append(facts[2]) or real(*facts))
+    monkeypatch.setattr(run, "make_plan", None)  # the text is not read again
+    run.harvest(loaded, request, out)
+    assert made == [0, 1, 2, 3, 4, 5]
+    assert files_of(out) == files_of(whole)
+    run.harvest(loaded, request, out)
+    assert len(made) == 6
+
+
+def test_another_plan_is_refused_and_nothing_is_touched(models, text, tmp_path):
+    loaded, out = models["gpt_neox"], tmp_path / "cache"
+    run.harvest(loaded, request_for(loaded, text), out)
+    before = files_of(out)
+    with pytest.raises(CacheConflict, match=r"another plan \(--seed 0, not 1; --mask-prob 0.3, not 0.2\)"):
+        run.harvest(loaded, request_for(loaded, text, seed=1, mask_prob=0.2), out)
+    assert files_of(out) == before
+
+
+def test_a_folder_that_holds_something_else_is_refused_before_the_text_is_read(models, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "make_plan", None)
+    loaded, request = models["gpt_neox"], request_for(models["gpt_neox"], text)
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(CacheConflict, match=r"holds 'thesis.tex'"):
+        run.harvest(loaded, request, tmp_path)
+    with pytest.raises(CacheConflict, match="is a file"):
+        run.harvest(loaded, request, tmp_path / "thesis.tex")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_too_little_room_is_said_before_anything_is_read_or_written(models, text, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(run, "make_plan", None)
+    with pytest.raises(DiskFull, match=r"needs \d+\.\d kB more and the disk has 1.0 kB free"):
+        run.harvest(models["gpt_neox"], request_for(models["gpt_neox"], text), tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_keeps_what_is_committed_and_the_harvest_goes_on(models, text, tmp_path, monkeypatch):
+    loaded, out, whole = models["gpt_neox"], tmp_path / "cache", tmp_path / "whole"
+    request = request_for(loaded, text)
+    real, n_written = Partial.write, 0
+
+    def filling(self, data):
+        nonlocal n_written
+        n_written += len(memoryview(data).cast("B"))
+        if n_written > 200_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    with monkeypatch.context() as full:
+        full.setattr(Partial, "write", filling)
+        with pytest.raises(DiskFull, match="run the same command again"):
+            run.harvest(loaded, request, out)
+    n_before = len(ActivationCache.open(out, allow_partial=True).shards)
+    assert 0 < n_before < 6
+    assert not list(out.rglob("*.partial"))
+    run.harvest(loaded, request, out)
+    run.harvest(loaded, request, whole)
+    assert files_of(out) == files_of(whole)
+
+
+def test_a_batch_too_large_for_the_device_names_the_option(models, text, tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plan, windows = make_plan(models["gpt_neox"], request_for(models["gpt_neox"], text))
+    broken = dataclasses.replace(models["gpt_neox"], model=torch.nn.Module())
+    monkeypatch.setattr("harvest.shard.activations", exhausted)
+    with pytest.raises(ValueError, match="8 windows in 2 variants do not fit on cpu; give a smaller --batch-windows"):
+        make_shard(Job(plan=plan, windows=windows, loaded=broken, batch_windows=8), 0)
