@@ -41,7 +41,7 @@ DEMO_SEEDS_full := 0,1,2
 DEMO_SEEDS_small := 0,1
 DEMO_HARVEST_full := 400k
 DEMO_HARVEST_small := 100k
-DEMO_TRAIN_full := 500k
+DEMO_TRAIN_full := 600k
 DEMO_TRAIN_small := 60k
 DEMO_RUNS = $(DEMO)/runs --cache $(DEMO)/cache.zarr --arch batchtopk --arch matryoshka --k 6 \
 	--seed $(DEMO_SEEDS_$(DEMO_SIZE)) --tokens $(DEMO_TRAIN_$(DEMO_SIZE)) --batch-size 512 --lr 1e-3 --resume

@@ -85,7 +85,7 @@ def by_recipe(results: Iterable[Result]) -> dict[Recipe, list[Result]]:
 
 
 def _place(recipe: Recipe) -> tuple:
-    return recipe.arch, recipe.k, recipe.settings, not recipe.is_plain, not recipe.is_masked, -recipe.d_sae, recipe.name
+    return recipe.arch, recipe.k, recipe.settings, -recipe.d_sae, not recipe.is_plain, not recipe.is_masked, recipe.name
 
 
 def estimate(values: Sequence[float]) -> Estimate:

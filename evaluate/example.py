@@ -32,21 +32,21 @@ class Example:
     recipe: Recipe
     seed: int
     family: str
-    parent_key: tuple[str, int]
     parent: str
     latents: tuple[int, ...]
     bars: tuple[Bar, ...]
 
 
-def recall_example(subject: Subject, recipe: Recipe, seed: int, parent: tuple[str, int] | None) -> Example:
-    """Measure one parent, (family, value); without one, the parent that this SAE absorbs most."""
+def recall_example(subject: Subject, recipe: Recipe, seed: int) -> Example:
+    """Measure the parent that this SAE absorbs most.
+
+    Another SAE would look better on that very parent by the choice alone, so examples are not for comparing recipes.
+    """
     language = subject.bench.language
     assert language is not None
     best: tuple[float, Parents, int, np.ndarray, ParentTokens] | None = None
     for parents in language.parents:
         for i, latents in enumerate(parent_latents(subject, parents)):
-            if parent is not None and parent != (parents.relation.family, int(parents.classes[i])):
-                continue
             tokens = tokens_of_parent(subject, parents, i, latents)
             with_child = tokens.child >= 0
             if not with_child.any():
@@ -61,7 +61,6 @@ def recall_example(subject: Subject, recipe: Recipe, seed: int, parent: tuple[st
         recipe=recipe,
         seed=seed,
         family=relation.family,
-        parent_key=(relation.family, value),
         parent=f"{relation.parent} {language.value_names[relation.parent][value]}",
         latents=tuple(int(latent) for latent in latents),
         bars=_bars(subject, language, tokens, language.value_names[relation.child]),

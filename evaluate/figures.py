@@ -33,7 +33,7 @@ class Scale:
         """Percent from the low end, held inside the strip."""
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
-    def ticks(self, n: int = 4) -> list[tuple[float, str]]:
+    def ticks(self, n: int = 5) -> list[tuple[float, str]]:
         """Round values on the scale: (percent, text)."""
         step = 10 ** math.floor(math.log10((self.high - self.low) / n))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= n)

@@ -80,9 +80,7 @@ def measure(runs: Sequence[Run], metrics: Sequence[Metric], *, cache: Path | Non
 
 def _cases(runs: list[Run], bench: Bench, bench_name: str, device: str) -> Iterator[_Case]:
     """The runs, plain ones first, then an untrained SAE of each kind, then the oracle."""
-    for run in sorted(
-        runs, key=lambda run: (run.arch, run.k, not run.is_plain, not run.is_masked, -run.d_sae, run.name)
-    ):
+    for run in sorted(runs, key=lambda run: (run.arch, run.k, run.settings, -run.d_sae, not run.is_plain, run.name)):
 
         def trained(run: Run = run) -> Subject:
             return subject_of_sae(run.name, load_run(run.path, device).sae, run.k, bench)
@@ -124,7 +122,6 @@ def _first_of_each_kind(runs: list[Run]) -> list[Run]:
 
 def _measure_cases(cases: list[_Case], metrics: Sequence[Metric], bench: Bench, measured: Measured) -> None:
     usable = [metric for metric in metrics if bench.language is not None or not metric.needs_language]
-    shown: list[Recipe] = []
     with Progress("evaluate", len(cases), "SAEs") as progress:
         for case in cases:
             subject = case.make()
@@ -135,18 +132,9 @@ def _measure_cases(cases: list[_Case], metrics: Sequence[Metric], bench: Bench, 
             if case.run is not None:
                 report = run_report(case.run, subject, by_metric)
                 write_file(case.run.path / REPORT, readable_json(report))
-            if "absorption" in by_metric and _is_shown(case.recipe, shown):
-                shown.append(case.recipe)
-                parent = measured.examples[-1].parent_key if len(shown) > 1 else None
-                measured.examples.append(recall_example(subject, case.recipe, case.seed, parent))
+            if by_metric.get("absorption") and case.recipe.is_plain and not measured.examples:
+                measured.examples.append(recall_example(subject, case.recipe, case.seed))
             progress.advance(note=case.name)
-
-
-def _is_shown(recipe: Recipe, shown: list[Recipe]) -> bool:
-    """Whether a recipe gets a worked example: the first plain one, then the first masked one of its architecture."""
-    if not shown:
-        return recipe.is_plain
-    return len(shown) == 1 and recipe.is_masked and (recipe.arch, recipe.k) == (shown[0].arch, shown[0].k)
 
 
 def density(subject: Subject) -> np.ndarray:

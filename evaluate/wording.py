@@ -101,9 +101,9 @@ def multiplicity(differences: Sequence[Difference]) -> str:
     n_out = sum(difference.verdict in ("higher", "lower") for difference in tested)
     n_holm = sum(difference.holm for difference in tested)
     return (
-        f"{len(tested)} paired comparisons were made; chance alone would put 0 outside about {len(tested) / 20:.0f} of "
-        f"their 95 % intervals. It lies outside {n_out}, and {n_holm} "
-        f"{'stays' if n_holm == 1 else 'stay'} significant after Holm's correction for their number."
+        f"{len(tested)} paired comparisons were made; by chance alone about {len(tested) / 20:.0f} of their 95 % "
+        f"intervals would exclude 0. Here {n_out} do, and {n_holm} {'is' if n_holm == 1 else 'are'} significant after "
+        "Holm's correction for their number."
     )
 
 

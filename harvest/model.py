@@ -35,12 +35,14 @@ from harvest import embedded
 class Family:
     """Where a family of models keeps what is hooked; paths from the whole model, then from one layer.
 
-    `attn_out` and `mlp_out` are the modules whose output is added to the residual stream.
+    `attn_out` and `mlp_out` are the modules whose output is added to the residual stream. `attention` names the
+    implementation if the default of transformers cannot be trusted.
     """
 
     layers: str
     attn_out: str
     mlp_out: str
+    attention: str | None = None
 
 
 _LLAMA = Family(layers="model.layers", attn_out="self_attn", mlp_out="mlp")
@@ -124,7 +126,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", weights: 
         )
     torch_dtype = _dtype(dtype if dtype != "auto" else defaults(name).dtype, config)
     torch_device = torch_device if weights else torch.device("meta")
-    model, tokenizer = _load(name, source, torch_dtype, at_commit, weights)
+    model, tokenizer = _load(name, source, at_commit, weights, _build_options(family, torch_dtype))
     return LoadedModel(
         model=model.to(torch_device).eval().requires_grad_(False),  # pyright: ignore[reportArgumentType]
         tokenizer=tokenizer,
@@ -292,16 +294,21 @@ def _downloaded(repo: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo, "config.json", revision=revision))
 
 
+def _build_options(family: str, dtype: torch.dtype) -> dict[str, Any]:
+    attention = FAMILIES[family].attention
+    return {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+
+
 def _load(
-    name: str, source: str, dtype: torch.dtype, at_commit: dict[str, str], weights: bool
+    name: str, source: str, at_commit: dict[str, str], weights: bool, build: dict[str, Any]
 ) -> tuple[PreTrainedModel, Tokenizer]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **at_commit)
         if not weights:
             with torch.device("meta"):
                 config = AutoConfig.from_pretrained(source, **at_commit)
-                return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **at_commit)
+                return AutoModelForCausalLM.from_config(config, **build), tokenizer
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **at_commit, **build)
         model, report = loaded  # a pair, because the report is asked for
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]

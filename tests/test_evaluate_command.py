@@ -10,6 +10,7 @@ import pytest
 import torch
 from cache_fixtures import make_plan, make_shard
 from evaluate_fixtures import write_run
+from harvest_fixtures import save_model, write_text
 from typer.testing import CliRunner
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError, create_cache, finalize_cache, write_shard
@@ -19,6 +20,7 @@ from evaluate.__main__ import app
 from evaluate.command import choose_metrics, run
 from evaluate.runs import RunsIncomplete, find_runs, open_cache
 from harvest import embedded
+from harvest.__main__ import app as harvest
 from harvest.model import activations, load_model
 from train.activations import Threshold
 from train.sae import SparseAutoencoder, initialise
@@ -233,6 +235,28 @@ def test_help_explains_every_option():
     text = CliRunner().invoke(app, ["--help"]).output
     for option in ("--metrics", "--cache", "--device", "--out", "--seed"):
         assert option in text
+
+
+def test_a_local_model_gets_loss_columns_from_the_caches_held_out_windows(tmp_path, capsys):
+    model, text = save_model(tmp_path / "model"), write_text(tmp_path / "text.txt", 400)
+    arguments = ["--model", model, "--dataset", text, "--layers", "1", "--tokens", "6k", "--context", "32"]
+    arguments += ["--held-out", "0.3", "--scale-factor", "1", "--out", tmp_path / "cache"]
+    assert CliRunner().invoke(harvest, [str(argument) for argument in arguments]).exit_code == 0
+    opened = ActivationCache.open(tmp_path / "cache")
+    write_run(tmp_path / "runs", opened, small_sae(0, d_model=16, d_sae=64))
+    evaluate(tmp_path / "runs")
+    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    assert len(report["missing"]) == 1
+    assert "ground truth" in report["missing"][0]
+    (trained,) = [r["metrics"] for r in report["recipes"] if r["kind"] == "trained"]
+    windows = torch.from_numpy(
+        np.load(tmp_path / "cache" / "_granary" / "windows.npy")[opened.plan.n_train_windows :].astype(np.int64)
+    )
+    loaded = load_model(str(model))
+    expected = float(loaded.model(input_ids=windows, labels=windows).loss)
+    assert trained["ce_loss_without_sae"]["mean"] == pytest.approx(expected, rel=1e-4)
+    assert trained["kl_div_with_sae"]["mean"] > 0
+    assert "explained_variance_unreplaced" in trained
 
 
 @pytest.fixture(scope="module")

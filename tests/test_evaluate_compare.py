@@ -111,7 +111,7 @@ def test_holm_is_stricter_than_each_interval_alone():
     found = differences(rows, [f"c{i}" for i in range(21)])
     assert [d.column for d in found if d.holm] == ["c20"]
     assert "21 paired comparisons" in wording.multiplicity(found)
-    assert "1 stays significant" in wording.multiplicity(found)
+    assert "and 1 is significant after Holm" in wording.multiplicity(found)
 
 
 def test_estimates_are_mean_and_standard_error():

@@ -50,7 +50,6 @@ def measured():
             recipe=recipe("unmasked"),
             seed=0,
             family="two_token",
-            parent_key=("two_token", 1),
             parent="letter l",
             latents=(4, 9),
             bars=(bar,),

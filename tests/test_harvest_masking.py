@@ -92,7 +92,7 @@ def test_masking_leaves_the_clean_tokens_as_they_were():
 def test_special_and_ordinary_tokens_share_out_the_vocabulary():
     every = np.arange(len(TOKENIZER))
     special = every[special_tokens(TOKENIZER, every)]
-    assert set(special) == {TOKENIZER.bos_token_id, TOKENIZER.eos_token_id, TOKENIZER.unk_token_id}
+    assert set(TOKENIZER.convert_ids_to_tokens(special.tolist())) == {"<bos>", "<eos>", "<unk>"}
     assert sorted([*special, *ordinary_tokens(TOKENIZER)]) == list(every)
     assert MASK in ordinary_tokens(TOKENIZER)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_one_layer_ends_where_the_next_begins(models, tokens, family):
 def test_layers_after_the_last_wanted_one_do_not_run(folders, tokens):
     loaded = load_model(str(folders["gpt_neox"]))
     n_calls = []
-    for i, layer in enumerate(loaded.model.get_submodule("gpt_neox.layers")):
+    for i in range(loaded.n_layers):
+        layer = loaded.model.get_submodule(f"gpt_neox.layers.{i}")
         layer.register_forward_hook(lambda module, inputs, output, i=i: n_calls.append(i))
     activations(loaded, tokens, [HookPoint("resid_post", 1), HookPoint("mlp_out", 0)])
     assert n_calls == [0, 1]
@@ -123,6 +125,16 @@ def test_what_is_spliced_is_what_later_layers_read(models, tokens):
 def test_a_reconstruction_in_another_precision_is_taken(models, tokens):
     doubled = spliced_logits(models["llama"], tokens, LAST, lambda x: x.double())
     assert torch.equal(doubled, logits(models["llama"], tokens))
+
+
+def test_soft_capping_is_not_lost(folders, tokens):
+    """Gemma-2 caps its attention scores, which SDPA cannot do; a cap of 0.1 has to be seen."""
+    loaded, capped = (load_model(str(folders["gemma2"])) for _ in range(2))
+    assert loaded.model.config._attn_implementation == "eager"
+    for layer in range(3):
+        attention: Any = capped.model.get_submodule(f"model.layers.{layer}.self_attn")
+        attention.attn_logit_softcapping = 0.1
+    assert not torch.allclose(logits(loaded, tokens), logits(capped, tokens), atol=1e-3)
 
 
 def test_activations_may_enter_autograd(models, tokens):
@@ -222,9 +234,9 @@ def test_a_downloaded_model_needs_no_network_and_its_commit_is_its_revision(monk
         calls.append(local_files_only)
         return str(snapshot / file)
 
-    def load(name, source, dtype, at_commit, weights):
+    def load(name, source, at_commit, *more):
         revisions.append(at_commit)
-        return real_load(name, str(snapshot), dtype, {}, weights)
+        return real_load(name, str(snapshot), {}, *more)
 
     def config(source, **facts):
         return real_config(snapshot) if source == "owner/name" else real_config(source, **facts)

@@ -151,7 +151,7 @@ def test_the_seed_changes_what_is_drawn_and_not_how_many(loaded, text):
 
 def test_a_pilot_scales_only_the_hook_points_that_need_it(tmp_path, text):
     loaded = load_model(str(save_model(tmp_path)))
-    loaded.model.get_submodule("gpt_neox.layers.1.mlp.dense_4h_to_h").weight.mul_(1e5)
+    loaded.model.get_parameter("gpt_neox.layers.1.mlp.dense_4h_to_h.weight").mul_(1e5)
     plan, _ = make_plan(loaded, request_for(loaded, text, layers="0,1"))
     assert plan.hooks[0].scale_factor == 1.0
     assert plan.hooks[1].scale_factor >= 4.0
@@ -172,7 +172,7 @@ def test_the_pilot_sees_masked_tokens_too(loaded, text, monkeypatch):
 
 def test_a_model_without_finite_activations_is_refused(tmp_path, text):
     loaded = load_model(str(save_model(tmp_path)))
-    loaded.model.get_submodule("gpt_neox.embed_in").weight[5] = float("inf")
+    loaded.model.get_parameter("gpt_neox.embed_in.weight")[5] = float("inf")
     with pytest.raises(UserError, match=r"infinite or NaN activations at resid_post.1"):
         make_plan(loaded, request_for(loaded, text))
 

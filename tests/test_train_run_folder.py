@@ -11,6 +11,8 @@ from train_fixtures import DATA, SCALE, make_training_cache, run_config
 
 import train
 from cache_spec import UserError
+from train.held_out import held_out_rows, measure_held_out
+from train.kernels import select
 from train.loader import MixedBatchLoader
 from train.run_folder import fold, load_run
 from train.step import TrainRun
@@ -85,6 +87,19 @@ def test_saelens_reads_the_same_sae(arch, trained, loader):
     np.testing.assert_allclose(
         sae(torch.from_numpy(x)).numpy(), features @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_architecture_learns(arch, trained, loader):
+    """After two thousand rows it explains held-out rows far better than where it started."""
+    run = load_run(trained[0] / arch)
+    start = TrainRun(run_config(arch), 8, 60, select("dense", "cpu"))
+    start.start_at(loader.read(0).clean)
+    rows = held_out_rows(loader)
+    before = measure_held_out(start, rows)["held_out"]["explained_variance"]
+    after = run.facts["held_out"]["explained_variance"]
+    assert after > 0.4
+    assert after > before + 0.2
 
 
 def test_cfg_json_has_saelens_s_names(trained):

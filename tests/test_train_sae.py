@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_spec import UserError
-from train.activations import BatchTopK, JumpReLU, ReLU, Threshold, TopK, kth_largest
+from train.activations import (
+    BatchTopK,
+    JumpReLU,
+    ReLU,
+    Threshold,
+    TopK,
+    _keep_anywhere,
+    _keep_on_cpu,
+    kth_largest,
+)
 from train.kernels import select
 from train.names import available, find
 from train.sae import UNSET, SparseAutoencoder, geometric_median, initialise
@@ -56,6 +65,29 @@ def test_batchtopk_keeps_the_largest_of_the_batch_and_tells_the_smallest_of_them
     assert f[f > 0].min() == smallest
     assert pre[f == 0].max() < smallest
     assert f[f > 0].equal(pre[f > 0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 64)),
+    share=st.floats(0, 1),
+    mean=st.sampled_from([-3.0, -1.0, 0.0, 2.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_way_of_the_cpu_keeps_what_the_way_of_any_device_keeps(shape, share, mean, seed):
+    """Values, gradients and the smallest value kept."""
+    start = torch.randn(shape, generator=generator(seed)) + mean
+    n_kept = 1 + int(share * (start.numel() - 1))
+    weight = torch.randn(shape, generator=generator(seed + 1))
+    found = []
+    for keep in (_keep_on_cpu, _keep_anywhere):
+        pre = start.clone().requires_grad_()
+        f, smallest = keep(pre, n_kept)
+        (f * weight).sum().backward()
+        assert pre.grad is not None
+        found.append((f.detach(), smallest.detach(), pre.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.equal(other)
 
 
 def test_batchtopk_with_fewer_positive_values_than_wanted_keeps_those():

@@ -64,16 +64,8 @@ class BatchTopK:
     threshold: str = RUNNING
 
     def train(self, pre: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            bound = kth_largest(pre, self.k * pre.shape[0])
-        if pre.device.type != "cpu":  # without waiting for the device
-            f = torch.where(pre >= bound, torch.relu(pre), 0.0)
-            return f, _smallest_positive(f)
-        if bound <= 0:  # fewer than k * batch are positive
-            f = torch.relu(pre)
-            return f, _smallest_positive(f)
-        below = torch.nextafter(bound, torch.zeros_like(bound)).item()  # `threshold` keeps what is greater
-        return functional.threshold(pre, below, 0.0), bound
+        n_kept = self.k * pre.shape[0]
+        return _keep_on_cpu(pre, n_kept) if pre.device.type == "cpu" else _keep_anywhere(pre, n_kept)
 
     def infer(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
         return Threshold().infer(pre, threshold)
@@ -111,15 +103,30 @@ class Threshold:
         return torch.where(pre > threshold, torch.relu(pre), 0.0)
 
 
+def _keep_anywhere(pre: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+    """The `n_kept` largest of all, as far as they are positive, and the smallest of them; no wait for the device."""
+    bound = pre.detach().flatten().topk(n_kept, sorted=False).values.amin()
+    f = torch.where(pre >= bound, torch.relu(pre), 0.0)
+    return f, _smallest_positive(f)
+
+
+def _keep_on_cpu(pre: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+    """The same, several times faster."""
+    bound = kth_largest(pre.detach(), n_kept)
+    if bound <= 0:  # fewer are positive
+        f = torch.relu(pre)
+        return f, _smallest_positive(f)
+    below = torch.nextafter(bound, torch.zeros_like(bound)).item()  # `threshold` keeps what is greater
+    return functional.threshold(pre, below, 0.0), bound
+
+
 def kth_largest(values: Tensor, n: int) -> Tensor:
     """The n-th largest of all values, exactly (a scalar).
 
-    On a CPU it looks first at the maxima of blocks: the n-th largest maximum is a lower bound, since n values
-    reach it, so only the blocks whose maximum reaches it have to be opened.
+    It looks first at the maxima of blocks: the n-th largest maximum is a lower bound, since n values reach it, so
+    only the blocks whose maximum reaches it have to be opened.
     """
     flat = values.reshape(-1)
-    if values.device.type != "cpu":
-        return flat.topk(n, sorted=False).values.amin()
     block = 32
     while block > 1 and (flat.numel() % block or 2 * n * block > flat.numel()):
         block //= 2

@@ -165,7 +165,7 @@ class TrainRun:
             moments: dict[str, Any] = {key: tensors[f"adam.{name}.{key}"].to(device).clone() for key in keys}
             self.optimizer.state[parameter] = moments
         self.silent_tokens = tensors["silent_tokens"].to(device).clone()
-        self.n_done, self._no_dead_until = n_done, 0
+        self.n_done = n_done
 
 
 def nested_error(reconstructions: list[Tensor], target: Tensor) -> Tensor:
