@@ -1,6 +1,6 @@
 """From `git clone` to the report: minutes for installation and for the job, and the peak memory of any one process.
 
-    python -m benchmarks.demo [--size full|small]
+python -m benchmarks.demo [--size full|small]
 """
 
 import resource
