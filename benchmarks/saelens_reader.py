@@ -2,7 +2,7 @@
 
 import sys
 
-from sae_lens import SAE
+from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file, save_file
 
 

@@ -12,6 +12,7 @@ FOCUS = {  # what the first sentence is about: the first of these that was measu
     "explained_variance": "explained variance",
 }
 MAX_CLAUSES = 4
+CLEAR = ("higher", "lower")  # verdicts of an interval that excludes 0
 
 
 def labels(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
@@ -59,7 +60,9 @@ def clause(differences: Sequence[Difference], what: str) -> str:
             changes.append(f"{change} (one seed says nothing about chance)")
         else:
             interval = f"95 % interval {number(difference.low)} to {number(difference.high)}"
-            changes.append(f"{change} ({interval}: {difference.verdict})")
+            alone = difference.verdict in CLEAR and not difference.holm
+            caveat = ", but not after Holm's correction for all comparisons" if alone else ""
+            changes.append(f"{change} ({interval}: {difference.verdict}{caveat})")
     return f"over {over}, '{differences[0].recipe.name}' changed {what} {', '.join(changes)}"
 
 
@@ -98,7 +101,7 @@ def multiplicity(differences: Sequence[Difference]) -> str:
     tested = [difference for difference in differences if difference.n > 1]
     if not tested:
         return "No comparison has more than one seed, so there are no intervals."
-    n_out = sum(difference.verdict in ("higher", "lower") for difference in tested)
+    n_out = sum(difference.verdict in CLEAR for difference in tested)
     n_holm = sum(difference.holm for difference in tested)
     return (
         f"{len(tested)} paired comparisons were made; by chance alone about {len(tested) / 20:.0f} of their 95 % "

@@ -91,13 +91,10 @@ def harvest(
     # times slower. OpenMP reads this once, when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and transformers take seconds to import; --help and a mistyped option should not.
-    from transformers.utils.logging import disable_progress_bar
-
     from harvest import run
     from harvest.model import load_model
     from harvest.request import make_request
 
-    disable_progress_bar()  # it is about loading a file, and the harvest has one of its own
     loaded = load_model(model, device=device, dtype=dtype, weights=not dry_run)
     request = make_request(
         loaded,

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
@@ -114,6 +115,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", weights: 
     Raises UserError for a name that leads to no model, a gated model, an unknown architecture, weights that do not
     fill the model, and a device that is not there.
     """
+    disable_progress_bar()  # it is about reading a file; the commands show their own progress
     torch_device = _device(device)
     source, commit = _locate(name)
     at_commit = {"revision": commit} if commit else {}

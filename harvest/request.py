@@ -1,16 +1,14 @@
 """What a harvest is asked to do: the command's options, read, checked and completed with the model's defaults."""
 
 import math
-import re
 from dataclasses import dataclass
 
+from cache_spec.counts import parse_count
 from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
 from cache_spec.plan import VariantPlan
 from harvest.masking import mask_token
 from harvest.model import LoadedModel, defaults, hf_name
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +63,6 @@ def make_request(
         scale_factor=float(scale_factor),
         seed=seed,
     )
-
-
-def parse_count(text: str, option: str) -> int:
-    """`1M`, `500k`, `2.5M`, `1_000`, `1000` -> a whole positive number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().lower().replace("_", ""))
-    count = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    if count < 1 or count != int(count):
-        raise UserError(f"{option} is '{text}'; give a whole number such as 500k, 1M or 50_000")
-    return int(count)
 
 
 def _hook_points(loaded: LoadedModel, layers: str) -> tuple[HookPoint, ...]:

@@ -14,7 +14,7 @@ from cache_spec.plan import check_plan
 from harvest import planning
 from harvest.model import load_model
 from harvest.planning import choose_layout, differences, make_plan, outline, scale_for
-from harvest.request import make_request, parse_count
+from harvest.request import make_request
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +75,6 @@ def test_the_scale_is_the_smallest_power_of_two_that_leaves_headroom(absmax):
     assert np.frexp(scale)[0] == 0.5
     assert absmax * 4 / scale <= FP16_MAX
     assert scale == 1 or absmax * 4 / (scale / 2) > FP16_MAX
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("1M", 10**6), ("500k", 500_000), ("2.5m", 2_500_000), ("50_000", 50_000), (" 7 ", 7)]
-)
-def test_counts_are_read_as_people_write_them(text, count):
-    assert parse_count(text, "--tokens") == count
-
-
-@pytest.mark.parametrize("text", ["", "0", "-5", "M", "1.5", "0.0001k", "1e6", "1MM", "many", "nan"])
-def test_what_is_no_whole_positive_number_is_refused(text):
-    with pytest.raises(UserError, match=f"--tokens is '{text}'"):
-        parse_count(text, "--tokens")
 
 
 def test_the_same_request_leads_to_the_same_plan_and_windows(loaded, text):

@@ -15,7 +15,7 @@ from cache_spec import UserError
 from train.__main__ import app
 from train.grid import Lists, make_runs, schedule_for
 from train.loader import MixedBatchLoader
-from train.reading import parse_count, parse_numbers, parse_whole_numbers, read_device, split_list
+from train.reading import parse_numbers, parse_whole_numbers, read_device, split_list
 from train.scale import Scale
 
 ROOT = Path(__file__).parent.parent
@@ -230,16 +230,6 @@ def test_a_long_run_gets_the_published_schedule_and_a_short_one_a_share_of_it(ca
 
 
 def test_numbers_and_lists_are_read_as_people_write_them():
-    assert [parse_count(text, "--tokens") for text in ("1M", "500k", "2.5m", "1_000", "7")] == [
-        10**6,
-        500_000,
-        2_500_000,
-        1000,
-        7,
-    ]
-    for text in ("", "0", "-1", "1.5", "1T", "0.0001k"):
-        with pytest.raises(UserError, match="--tokens is"):
-            parse_count(text, "--tokens")
     assert split_list(["20, 40", "40,80"]) == ("20", "40", "80")
     assert parse_whole_numbers(["1,2"], "--k") == (1, 2)
     assert parse_numbers(["0,.5"], "--lr") == (0.0, 0.5)

@@ -8,11 +8,12 @@ import typer
 
 from cache_spec.cache import ActivationCache
 from cache_spec.command import run_command
+from cache_spec.counts import parse_count
 from train import options
 from train.config import DataConfig, RunConfig
 from train.grid import check_target, make_runs, schedule_for
 from train.loader import MixedBatchLoader
-from train.reading import parse_count, read_device, read_hook, read_lists
+from train.reading import read_device, read_hook, read_lists
 from train.report import keep_freed_memory, print_plan, print_results
 from train.sweep import train_sweep
 
