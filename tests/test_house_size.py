@@ -1,25 +1,10 @@
 """The bars for the tail: a file fits in one sitting, a function on one screen, and tests keep up with the source."""
 
 import ast
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ("cache_spec", "harvest", "train", "evaluate", "benchmarks")
+from benchmarks.size import ROOT, SOURCE, functions, n_lines, python_files
+
 FILE_LINES, FUNCTION_LINES, TESTS_PER_SOURCE = 350, 60, 0.8
-
-
-def python_files(*folders: str) -> list[Path]:
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-
-
-def n_lines(path: Path) -> int:
-    return len(path.read_text().splitlines())
-
-
-def functions(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def test_every_file_fits_in_one_sitting():

@@ -13,7 +13,7 @@ from evaluate.subject import Dictionary, Subject, chunks
 
 NEEDS_LANGUAGE = False
 COLUMNS = {
-    "l0": Column(meaning="latents on per clean token, at the matched threshold", short="L0"),
+    "l0": Column(meaning="latents on per clean token, at the matched threshold", short="L0", terminal=True),
     "l0_raw": Column(meaning="latents on per clean token, at the threshold training left", short="raw L0"),
     "l0_masked": Column(meaning="latents on per token of masked text, matched threshold"),
     "mse": Column(meaning="mean over tokens of |x - reconstruction|^2", better="lower"),
@@ -45,7 +45,7 @@ COLUMNS = {
         terminal=True,
     ),
     "ce_loss_score": Column(
-        meaning="share of the zero-ablation damage that the reconstruction avoids", better="higher"
+        meaning="share of the zero-ablation damage that the reconstruction avoids", better="higher", short="CE score"
     ),
     "kl_div_with_sae": Column(meaning="KL from the model's own predictions, nats per token", better="lower"),
     "kl_div_with_ablation": Column(meaning="the same for zeros in place"),

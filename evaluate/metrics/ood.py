@@ -14,6 +14,7 @@ COLUMNS = {
             better="lower",
             oracle_is_best=True,
             short="gap to dense" if k == 1 else "",
+            terminal=k == 1,
         )
         for k in KS
     },

@@ -22,7 +22,7 @@ def _columns() -> dict[str, Column]:
                     better="higher",
                     oracle_is_best=True,
                     short=f"AUC{k}{' shifted' if tail else ''}" if score == "auc" and k < 16 else "",
-                    terminal=score == "auc" and k == 1,
+                    terminal=score == "auc" and k == 1 and not tail,  # the shifted one is in the gap to the dense probe
                 )
         for tail, where in (("", "text like the training text"), ("_shifted", "shifted text")):
             columns[f"llm_test_{score}{tail}"] = Column(
