@@ -88,5 +88,6 @@ format: setup  ## let ruff rewrite what it can
 test-compat: setup  ## load a run in SAELens, in an environment of its own (.venv-compat)
 	$(PY) -m benchmarks.saelens_compat
 
-bench: setup  ## side-by-side measurements, printed as tables
+bench: setup  ## from git clone to the report: minutes and peak memory; and the size of the code
+	$(PY) -m benchmarks.size
 	$(PY) -m benchmarks.demo

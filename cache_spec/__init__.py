@@ -26,7 +26,7 @@ from cache_spec.layout import (
     shard_files,
 )
 from cache_spec.plan import HookPlan, Plan, VariantPlan
-from cache_spec.progress import Progress, track
+from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
 from cache_spec.state import committed_shards
 from cache_spec.verify import Problem, verify_cache
@@ -60,7 +60,6 @@ __all__ = [
     "finalize_cache",
     "run_command",
     "shard_files",
-    "track",
     "verify_cache",
     "write_shard",
 ]

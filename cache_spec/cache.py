@@ -13,6 +13,7 @@ from cache_spec.hook_point import HookPoint
 from cache_spec.layout import ACTIVATION, COMPLETE, HARVESTING, activation_file, column_file, column_types, record_file
 from cache_spec.plan import HookPlan, Plan, VariantPlan
 from cache_spec.state import read_plan, read_records, read_root
+from cache_spec.verify import activation_fault
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,12 +26,15 @@ class ActivationCache:
     shards: tuple[int, ...]
     attributes: Mapping[str, Any] = field(repr=False)
     records: Mapping[int, Mapping[str, Any]] = field(repr=False)
+    check: bool = True  # compare an activation file with its checksums when it is first used
+    _checked: set[str] = field(default_factory=set, init=False, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, *, allow_partial: bool = False) -> "ActivationCache":
+    def open(cls, path: str | Path, *, allow_partial: bool = False, check: bool = True) -> "ActivationCache":
         """Open the cache at `path`; with `allow_partial` also one that misses shards.
 
-        Checks the plan, every commit record and the size of every file, not the contents (`verify_cache` does).
+        Checks the plan, every commit record and the size of every file. The contents of a file are compared with its
+        checksums when it is first used, unless `check` is off; `verify_cache` compares them all at once.
         Raises CacheNotFound, CacheIncomplete, CacheDamaged or CacheTooNew.
         """
         root = Path(path)
@@ -47,7 +51,15 @@ class ActivationCache:
             )
         if status != COMPLETE and not allow_partial:
             raise CacheIncomplete(_incomplete(root, status, len(records), plan.n_shards))
-        return cls(path=root, plan=plan, status=status, shards=tuple(records), attributes=attributes, records=records)
+        return cls(
+            path=root,
+            plan=plan,
+            status=status,
+            shards=tuple(records),
+            attributes=attributes,
+            records=records,
+            check=check,
+        )
 
     @property
     def train_shards(self) -> tuple[int, ...]:
@@ -85,9 +97,17 @@ class ActivationCache:
         raise CacheError(f"{self.path} holds the variants {', '.join(v.name for v in self.plan.variants)}, not {name}")
 
     def activations(self, hook_name: str, variant: str, shard: int) -> np.memmap:
-        """One shard as it lies on the disk: fp16 [rows, d_model], read-only; true value = stored x scale_factor."""
+        """One shard as it lies on the disk: fp16 [rows, d_model], read-only; true value = stored x scale_factor.
+
+        The first use of a file by this object reads all of it, at gigabytes a second, and compares it with the
+        recorded checksums; that also brings it into the system's page cache. Later uses, and all uses of a cache
+        opened with `check=False`, only map it. Raises CacheDamaged for a file that was changed.
+        """
         hook = self.hook(hook_name)
         file = activation_file(hook.name, self.variant(variant).name, self._committed(shard))
+        if self.check and file not in self._checked:
+            self._check_activations(file, hook, shard)
+            self._checked.add(file)  # two threads at once check twice, which is harmless
         shape = (self.plan.rows_in(shard), hook.d_model)
         return np.memmap(self.path / file, dtype=ACTIVATION, mode="r", shape=shape)
 
@@ -99,7 +119,7 @@ class ActivationCache:
         file = column_file(name, self._committed(shard))
         padded = np.fromfile(self.path / file, types[name], count=self.plan.shard_rows)
         if [f"{crc32c(padded):08x}"] != self.records[shard]["files"][file]["crc32c"]:
-            raise CacheDamaged(f"{self.path / file} does not match its recorded checksum")
+            raise CacheDamaged(f"{self.path / file} does not match its recorded checksum; {self._remedy(shard)}")
         return padded[: self.plan.rows_in(shard)]
 
     def read(self, hook_name: str, variant: str, rows: np.ndarray) -> np.ndarray:
@@ -116,6 +136,14 @@ class ActivationCache:
             chosen = np.flatnonzero(shards == shard)
             out[chosen] = self.activations(hook_name, variant, shard)[inside[chosen]]
         return out
+
+    def _check_activations(self, file: str, hook: HookPlan, shard: int) -> None:
+        sums = self.records[shard]["files"][file]["crc32c"]
+        if fault := activation_fault(self.path / file, self.plan, hook, shard, sums):
+            raise CacheDamaged(f"{self.path / file} {fault}; {self._remedy(shard)}")
+
+    def _remedy(self, shard: int) -> str:
+        return f"delete {self.path / record_file(shard)} and run the same harvest to make the shard again"
 
     def _committed(self, shard: int) -> int:
         if shard not in self.records:

@@ -9,30 +9,58 @@ from typing import Any
 from cache_spec.errors import DiskFull, UserError
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-_STOPPED = "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there"
+_STOPPED = "stopped by Ctrl-C; what was finished is kept"
+_NO_ROOM = "make room or choose another folder, then run the command again"
+_NO_RIGHT = "choose another folder, or one that may be written, then run the command again"
+_ALWAYS = {  # what the system says no to, and what a user can do
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EACCES: _NO_RIGHT,
+    errno.EROFS: _NO_RIGHT,
+    errno.EFBIG: "raise the limit on the size of a file (`ulimit -f`), then run the command again",
+}
+_IF_NAMED = {  # the same, where the system names a file; without one it is a defect of ours
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file; give another path",
+    errno.EISDIR: "a file is wanted there; give another path",
+    errno.EEXIST: "move it away or give another path",
+    errno.EIO: "the disk failed; check it, or choose another folder",
+}
 
 
 def run_command(app: Callable[[], Any]) -> None:
-    """Run a typer app. A UserError, a full disk or Ctrl-C becomes one sentence on stderr and an exit code.
+    """Run a typer app. A UserError, a disk that says no, or Ctrl-C becomes one sentence on stderr and an exit code.
 
-    Any other exception is a defect of ours and keeps its traceback.
+    A KeyboardInterrupt may carry what to do to go on, which ends the sentence. Any other exception is a defect of
+    ours and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()
     except UserError as error:
         _stop(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _stop(_STOPPED, INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        _stop(_stopped(interrupt), INTERRUPTED)
     except SystemExit as end:  # typer turns Ctrl-C into this
         if end.code == INTERRUPTED:
-            _stop(_STOPPED, INTERRUPTED)
+            _stop(_stopped(end), INTERRUPTED)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        advice = {**_ALWAYS, **(_IF_NAMED if error.filename else {})}.get(error.errno or 0)
+        if advice is None:
             raise
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
-        _stop(f"{reason}; make room or choose another folder, then run the same command again", DiskFull.exit_code)
+        _stop(f"{reason}; {advice}", DiskFull.exit_code)
+
+
+def _stopped(end: BaseException) -> str:
+    """The sentence for Ctrl-C, and what the KeyboardInterrupt behind `end` says, if anything."""
+    seen: BaseException | None = end
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt):
+            return "; ".join([_STOPPED, *filter(None, [str(seen)])])
+        seen = seen.__cause__ or seen.__context__
+    return _STOPPED
 
 
 def _stop(sentence: str, exit_code: int) -> None:

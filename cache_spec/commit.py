@@ -37,6 +37,7 @@ from cache_spec.layout import (
 from cache_spec.plan import HookPlan, Plan
 from cache_spec.state import read_record
 
+_GO_ON = "run the same command again, it goes on from the last finished shard"
 _INFINITE_BITS = 0x7C00  # fp16 without its sign: this and above are inf and NaN
 
 
@@ -59,7 +60,8 @@ def write_shard(
     _check_arrays(plan, shard, activations, columns)
     if (committed := read_record(root, plan, shard)) is not None:
         return committed
-    with disk_full_as_error(root, sum(shard_files(plan, shard).values())), ExitStack() as stack:
+    needed = sum(shard_files(plan, shard).values())
+    with disk_full_as_error(root, needed, _GO_ON), ExitStack() as stack:
         partials, files = [], {}
         for hook in plan.hooks:
             for variant in plan.variants:

@@ -80,12 +80,14 @@ class Partial:
     def write(self, data: Any) -> None:
         """Append all of `data`; a short write goes on where it stopped."""
         left = memoryview(data).cast("B")
-        while left:
-            left = left[os.write(self._fd, left) :]
+        with _naming(self.final):
+            while left:
+                left = left[os.write(self._fd, left) :]
 
     def sync(self) -> None:
         """Return when the content is on the disk."""
-        os.fsync(self._fd)
+        with _naming(self.final):
+            os.fsync(self._fd)
 
     def replace(self) -> None:
         """Give the file its final name, over whatever had it."""
@@ -106,6 +108,16 @@ class Partial:
         with suppress(FileNotFoundError):
             self._path.unlink()
         os.close(self._fd)  # after the unlink: nobody may lock a name that is about to go
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path into an OSError that names no file; those of a file descriptor do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _open_locked(final: Path) -> tuple[int, Path]:
@@ -158,8 +170,8 @@ def exclusive(lock: Path) -> Iterator[None]:
 
 
 @contextmanager
-def disk_full_as_error(path: Path, n_bytes: int) -> Iterator[None]:
-    """Turn a full disk into DiskFull, with the bytes needed and the bytes free."""
+def disk_full_as_error(path: Path, n_bytes: int, advice: str = "run the command again") -> Iterator[None]:
+    """Turn a full disk into DiskFull, with the bytes needed, the bytes free, and what to do when there is room."""
     try:
         yield
     except OSError as error:
@@ -167,8 +179,7 @@ def disk_full_as_error(path: Path, n_bytes: int) -> Iterator[None]:
             raise
         free = shutil.disk_usage(path if path.exists() else path.parent).free
         raise DiskFull(
-            f"the disk (or quota) is full: {path} needs {n_bytes:,} bytes and {free:,} are free; "
-            "make room and run the same command again, it goes on from the last finished shard"
+            f"the disk (or quota) is full: {path} needs {n_bytes:,} bytes and {free:,} are free; make room and {advice}"
         ) from error
 
 

@@ -201,8 +201,3 @@ def _array(
         "node_type": "array",
         "storage_transformers": [],
     }
-
-
-def address(plan: Plan, row: int) -> tuple[int, int]:
-    """The shard of a global row and its row inside it: byte `i * row_bytes` of that shard's file."""
-    return divmod(row, plan.shard_rows)

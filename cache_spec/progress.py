@@ -2,12 +2,9 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from tqdm import tqdm
 
-T = TypeVar("T")
 LINE_EVERY_S = 5.0
 
 
@@ -49,11 +46,3 @@ class Progress:
             self._bar.close()
         elif self._done:
             self._print_line()
-
-
-def track(items: Iterable[T], what: str, total: int, unit: str) -> Iterator[T]:
-    """Yield the items and show how many are done."""
-    with Progress(what, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()

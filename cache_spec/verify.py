@@ -90,7 +90,7 @@ def _check_shard(
     for hook in plan.hooks:
         for variant in plan.variants:
             file = activation_file(hook.name, variant.name, shard)
-            what = _activation_fault(root / file, plan, hook, shard, record["files"][file]["crc32c"], advance)
+            what = activation_fault(root / file, plan, hook, shard, record["files"][file]["crc32c"], advance)
             yield from [Problem(file, what)] if what else []
     for name, dtype in column_types(plan).items():
         file = column_file(name, shard)
@@ -98,7 +98,9 @@ def _check_shard(
         yield from [Problem(file, what)] if what else []
 
 
-def _activation_fault(path: Path, plan: Plan, hook: HookPlan, shard: int, sums: list[str], advance: Advance) -> str:
+def activation_fault(
+    path: Path, plan: Plan, hook: HookPlan, shard: int, sums: list[str], advance: Advance = lambda n_bytes: None
+) -> str:
     """What is wrong with an activation file; empty if nothing. Reads one inner chunk at a time."""
     if not path.is_file():
         return "is missing"

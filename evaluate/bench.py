@@ -5,22 +5,32 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache_spec import FLAG_BOS, FLAG_PAD, FLAG_SPECIAL, FLAG_VALID, ActivationCache, CacheError, HookPlan, UserError
+from cache_spec import (
+    FLAG_BOS,
+    FLAG_PAD,
+    FLAG_SPECIAL,
+    FLAG_VALID,
+    ActivationCache,
+    CacheDamaged,
+    CacheError,
+    HookPlan,
+    UserError,
+)
 from cache_spec.hook_point import HookPoint
 from cache_spec.seeds import derive_seed
 from evaluate.language import EVERYWHERE, PARENT_ROWS, PROBE_ROWS, Language
 from evaluate.rows import Rows
-from evaluate.splicing import Splice, model_rows
+from evaluate.splicing import MAX_LOGIT_BYTES, Splice, model_rows
 from evaluate.subject import Bench
 from harvest import embedded
 from harvest.model import LoadedModel, load_model
 
 EMBEDDED_MODEL = "tiny"
+MODEL_COLUMNS = "columns that need the model (loss with the reconstruction in place)"
 MAX_ROWS = 65536  # most rows to calibrate on, and most to score
 N_DOCUMENTS = {"fit": 1500, "test": 1500, "shifted": 1000}
 N_EVERYWHERE = 20000  # tokens of the even sample that recovery is measured on
 N_SPLICE_WINDOWS = 200
-MAX_LOGIT_BYTES = 2**30  # what the clean model's log-probabilities may take
 
 
 def make_bench(
@@ -31,26 +41,29 @@ def make_bench(
     What cannot be had is said in `Bench.missing`; only a cache without held-out rows is an error.
     """
     held_out = read_held_out(cache, hook, device)
-    missing: list[str] = []
+    facts, missing = cache.plan.model, []
     loaded = language = splice = None
-    is_embedded = cache.plan.model.get("id") == EMBEDDED_MODEL
+    embedded_revision = load_model(EMBEDDED_MODEL, weights=False).revision
+    is_embedded = facts.get("revision") == embedded_revision  # by content: its folder may have been given instead
     if with_model or (with_language and is_embedded):
-        loaded, reason = _same_model(cache, device)
+        loaded, reason = _same_model(cache, device, EMBEDDED_MODEL if is_embedded else facts["id"])
         if loaded is None:
-            missing.append(f"columns that need the model (loss with the reconstruction in place) are missing: {reason}")
+            missing.append(f"{MODEL_COLUMNS} are missing: {reason}")
     if with_language and not is_embedded:
         missing.append(
-            f"columns that need ground truth are missing: they exist for the embedded model ({EMBEDDED_MODEL}) only, "
-            f"and this cache is of {cache.plan.model.get('id')}"
+            f"columns that need ground truth are missing: they exist for the embedded model ({EMBEDDED_MODEL} at "
+            f"{embedded_revision}) only, and this cache is of {facts.get('id')} at {facts.get('revision')}"
         )
     if with_language and is_embedded and loaded is not None:
-        language, windows = make_language(loaded, HookPoint.parse(hook.hook_point), seed)
-        if with_model:
-            splice = make_splice(loaded, hook, windows.tokens, windows.features)
+        language = make_language(loaded, HookPoint.parse(hook.hook_point), seed)
     elif with_language and is_embedded:
         missing.append("columns that need ground truth are missing, because they need the model too")
-    if with_model and loaded is not None and splice is None:
-        splice = make_splice(loaded, hook, _held_out_windows(cache))
+    if with_model and loaded is not None:
+        windows, reason = (splice_windows(seed), "") if is_embedded else _held_out_windows(cache)
+        if windows is None:
+            missing.append(f"{MODEL_COLUMNS} are missing: {reason}")
+        else:
+            splice = make_splice(loaded, hook, windows.tokens, windows.features)
     return Bench(
         calibration=held_out.calibration,
         clean=held_out.clean,
@@ -75,7 +88,8 @@ class HeldOut:
 def read_held_out(cache: ActivationCache, hook: HookPlan, device: str) -> HeldOut:
     """Up to 65,536 rows to calibrate on (documents with odd numbers) and as many to score, specials left out.
 
-    Raises CacheError if the cache holds no rows out of training, or too few to split.
+    Raises CacheError if the cache holds no rows out of training, or too few to split, and CacheDamaged if some are not
+    finite.
     """
     masked = _masked_variant(cache)
     pieces: dict[str, list[np.ndarray]] = {"calibration": [], "clean": [], "masked": [], "replaced": []}
@@ -100,6 +114,11 @@ def read_held_out(cache: ActivationCache, hook: HookPlan, device: str) -> HeldOu
 
     def rows(name: str) -> Rows:
         stacked = np.concatenate(pieces[name])[:MAX_ROWS].astype(np.float32) * np.float32(hook.scale_factor)
+        if not np.isfinite(stacked).all():
+            raise CacheDamaged(
+                f"{cache.path} holds numbers that are not finite in {hook.name}/{name}, out of training; "
+                f"python -m cache_spec verify {cache.path} says where"
+            )
         return Rows(x=torch.from_numpy(stacked).to(device))
 
     return HeldOut(
@@ -123,11 +142,11 @@ def _masked_variant(cache: ActivationCache) -> tuple[int, str] | None:
     return others.index(name), name
 
 
-def _same_model(cache: ActivationCache, device: str) -> tuple[LoadedModel | None, str]:
-    """The model that the cache was made with, or None and the reason."""
+def _same_model(cache: ActivationCache, device: str, name: str) -> tuple[LoadedModel | None, str]:
+    """The model that the cache was made with, loaded by `name`, or None and the reason."""
     facts = cache.plan.model
     try:
-        loaded = load_model(facts["id"], device=device, dtype=facts.get("dtype", "auto"))
+        loaded = load_model(name, device=device, dtype=facts.get("dtype", "auto"))
     except UserError as error:
         return None, str(error)
     if loaded.revision != facts.get("revision"):
@@ -139,15 +158,22 @@ def _same_model(cache: ActivationCache, device: str) -> tuple[LoadedModel | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledWindows:
-    """Whole test windows: tokens [n_windows, window] and features, bool [n_windows, window, n_features]."""
+class SpliceWindows:
+    """Whole test windows: tokens [n_windows, window] and, if known, features, bool [n_windows, window, n_features]."""
 
     tokens: np.ndarray
-    features: np.ndarray
+    features: np.ndarray | None = None
 
 
-def make_language(loaded: LoadedModel, hook_point: HookPoint, seed: int) -> tuple[Language, LabelledWindows]:
-    """Write three corpora, run the model on them, and label the rows; also the first windows of "test", whole.
+def splice_windows(seed: int) -> SpliceWindows:
+    """The first windows of the "test" text that `make_language` writes with this seed, whole."""
+    corpus = embedded.generate(min(N_SPLICE_WINDOWS, N_DOCUMENTS["test"]), derive_seed("evaluate/text", seed, "test"))
+    features, _ = embedded.ground_truth_features(corpus)
+    return SpliceWindows(tokens=corpus.tokens, features=features.reshape(*corpus.tokens.shape, -1))
+
+
+def make_language(loaded: LoadedModel, hook_point: HookPoint, seed: int) -> Language:
+    """Write three corpora, run the model on them, and label the rows.
 
     Kept are as many rows as relations and probe tasks read at most, and an even sample of the tokens of "fit" (for the
     oracle) and of "test" (for recovery).
@@ -161,9 +187,8 @@ def make_language(loaded: LoadedModel, hook_point: HookPoint, seed: int) -> tupl
     positions = {part: _read_positions(corpora[part], generators[part]) for part in corpora}
     positions["test"][EVERYWHERE] = even["test"]
     rows = {part: _labelled(loaded, hook_point, corpora[part], positions[part]) for part in corpora}
-    features, names = embedded.ground_truth_features(corpora["test"])
-    tokens = corpora["test"].tokens[:N_SPLICE_WINDOWS]
-    language = Language(
+    _, names = embedded.ground_truth_features(corpora["test"])
+    return Language(
         **rows,
         even=_labelled(loaded, hook_point, corpora["fit"], {EVERYWHERE: even["fit"]}),
         relations=embedded.RELATIONS,
@@ -172,8 +197,6 @@ def make_language(loaded: LoadedModel, hook_point: HookPoint, seed: int) -> tupl
         feature_names=names,
         seed=seed,
     )
-    whole = features.reshape(*corpora["test"].tokens.shape, -1)[:N_SPLICE_WINDOWS]
-    return language, LabelledWindows(tokens=tokens, features=whole)
 
 
 def _even_sample(corpus: embedded.Corpus, generator: np.random.Generator) -> np.ndarray:
@@ -232,11 +255,13 @@ def make_splice(loaded: LoadedModel, hook: HookPlan, tokens: np.ndarray, feature
     )
 
 
-def _held_out_windows(cache: ActivationCache) -> np.ndarray:
-    """Held-out windows of the cache, as many as the clean log-probabilities have room for: [n, window]."""
+def _held_out_windows(cache: ActivationCache) -> tuple[SpliceWindows | None, str]:
+    """Held-out windows of the cache, as many as the log-probabilities have room for; or None and the reason."""
     plan = cache.plan
     n_bytes = plan.window_tokens * int(plan.model["vocab_size"]) * 4
     n = max(1, min(N_SPLICE_WINDOWS, plan.n_held_out_windows, MAX_LOGIT_BYTES // n_bytes))
     path = cache.path / "_granary" / "windows.npy"
+    if not path.is_file():
+        return None, f"{path}, the tokens to run it on, is not there; copy it from where the cache was made"
     windows = np.load(path, mmap_mode="r")
-    return np.asarray(windows[plan.n_train_windows : plan.n_train_windows + n])
+    return SpliceWindows(tokens=np.asarray(windows[plan.n_train_windows : plan.n_train_windows + n])), ""

@@ -12,6 +12,7 @@ from evaluate.columns import Column
 TRAINED, ORACLE, RANDOM = "trained", "oracle", "untrained"
 CONFIDENCE = 0.95
 TIE = 1e-9
+L0_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -53,6 +54,7 @@ class Difference:
     """A recipe minus its baseline in one column, paired by seed, with a 95 % t-interval (NaN for a single pair).
 
     p: of the two-sided paired t-test. holm: it stays below 0.05 after Holm's correction for all comparisons made.
+    l0_change: the recipe's L0 over its baseline's, minus 1; NaN where L0 was not measured.
     """
 
     recipe: Recipe
@@ -64,6 +66,12 @@ class Difference:
     n: int
     p: float
     holm: bool = False
+    l0_change: float = float("nan")
+
+    @property
+    def l0_is_matched(self) -> bool:
+        """False if the two differ in L0 by more than L0_TOLERANCE, so that other columns are not comparable."""
+        return not abs(self.l0_change) > L0_TOLERANCE
 
     @property
     def verdict(self) -> str:
@@ -105,10 +113,30 @@ def summaries(results: Iterable[Result]) -> dict[Recipe, dict[str, Estimate]]:
 
 
 def baseline_of(recipe: Recipe, recipes: Iterable[Recipe]) -> Recipe | None:
-    """What a recipe is compared with: plain training of the same kind, with the largest dictionary."""
+    """What a recipe is compared with: plain training of the same kind, of equal size.
+
+    A smaller plain dictionary is compared with the largest plain one.
+    """
     plain = [other for other in recipes if other.is_plain and _kind(other) == _kind(recipe)]
+    if not recipe.is_plain:
+        plain = [other for other in plain if other.d_sae == recipe.d_sae]
     best = max(plain, key=lambda other: other.d_sae, default=None)
     return None if best == recipe else best
+
+
+def noise_controls(recipe: Recipe, recipes: Iterable[Recipe]) -> list[Recipe]:
+    """Corruptions that displace rows as much as a masked recipe does; their names say "(matched 0.5)"."""
+    if not recipe.is_masked:
+        return []
+    fraction = recipe.name.partition(",")[0].removeprefix("masked ")
+    same = [other for other in recipes if (_kind(other), other.d_sae) == (_kind(recipe), recipe.d_sae)]
+    noise = [other for other in same if f" (matched {fraction})" in other.name.partition(",")[0]]
+    return [other for other in noise if _target(other) == _target(recipe)]
+
+
+def _target(recipe: Recipe) -> list[str]:
+    """The part of a name that says what was reconstructed, if not the input itself: ["clean target"]."""
+    return [part for part in recipe.name.split(", ") if part.endswith(" target")]
 
 
 def _kind(recipe: Recipe) -> tuple[str, str, int, str]:
@@ -116,23 +144,33 @@ def _kind(recipe: Recipe) -> tuple[str, str, int, str]:
 
 
 def differences(results: Sequence[Result], columns: Sequence[str]) -> list[Difference]:
-    """Every trained recipe against its baseline in every column, over the seeds that both have."""
+    """Every trained recipe against its baseline, and masked ones against noise of matched strength too.
+
+    In every column, over the seeds that both have.
+    """
     groups = {recipe: group for recipe, group in by_recipe(results).items() if recipe.kind == TRAINED}
     found = []
     for recipe, group in groups.items():
-        baseline = baseline_of(recipe, groups)
-        if baseline is None:
-            continue
-        other = {result.seed: result for result in groups[baseline]}
-        for column in columns:
-            pairs = [
-                result.values[column] - other[result.seed].values[column]
-                for result in group
-                if result.seed in other and column in result.values and column in other[result.seed].values
-            ]
-            if pairs:
-                found.append(_difference(recipe, baseline, column, np.asarray(pairs)))
+        for baseline in filter(None, [baseline_of(recipe, groups), *noise_controls(recipe, groups)]):
+            l0 = _pairs(group, groups[baseline], "l0")
+            change = float(l0[:, 0].mean() / l0[:, 1].mean() - 1) if l0.any(axis=0).all() else float("nan")
+            for column in columns:
+                pairs = _pairs(group, groups[baseline], column)
+                if len(pairs):
+                    difference = _difference(recipe, baseline, column, pairs[:, 0] - pairs[:, 1])
+                    found.append(replace(difference, l0_change=change))
     return _corrected(found)
+
+
+def _pairs(group: Sequence[Result], baseline: Sequence[Result], column: str) -> np.ndarray:
+    """A column's values of equal seeds, [n_pairs, 2]."""
+    other = {result.seed: result.values for result in baseline}
+    values = [
+        (result.values[column], other[result.seed][column])
+        for result in group
+        if column in result.values and column in other.get(result.seed, {})
+    ]
+    return np.asarray(values, dtype=float).reshape(-1, 2)
 
 
 def _difference(recipe: Recipe, baseline: Recipe, column: str, pairs: np.ndarray) -> Difference:
@@ -186,7 +224,8 @@ def _fault(column: Column, recipe: Recipe, trained: Estimate, control: Recipe, o
     lead = (trained.mean - other.mean) * (1.0 if column.better == "higher" else -1.0)
     if control.kind == ORACLE and column.oracle_is_best and lead > margin + TIE:
         return f"{recipe.arch} {recipe.name} scores better than the oracle, which knows the answers"
-    same_size = (_kind(control), control.d_sae) == (_kind(recipe), recipe.d_sae)
+    same_size = (control.k, control.settings, control.d_sae) == (recipe.k, recipe.settings, recipe.d_sae)
+    same_size = same_size and recipe.arch in control.arch.split(", ")  # one untrained SAE may stand for several
     if control.kind == RANDOM and same_size and recipe.is_plain and column.random_is_worst and -lead > margin + TIE:
         return f"an untrained {recipe.arch} scores better than a trained one, so an SAE that finds nothing wins"
     return ""

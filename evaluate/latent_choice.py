@@ -43,11 +43,12 @@ def fit_sparse(latents: Tensor, labels: Tensor, chosen: Tensor) -> SparseProbe:
     return SparseProbe(chosen=chosen, weights=weights, mean=mean, std=std)
 
 
-def main_latents(latents: Tensor, labels: Tensor) -> list[np.ndarray]:
-    """The latents that stand for each class: [n, d_sae], bool [classes, n] -> per class 1 to 5 latent numbers.
+def main_latents(latents: Tensor, labels: Tensor) -> tuple[list[np.ndarray], np.ndarray]:
+    """The latents that stand for each class: [n, d_sae], bool [classes, n] -> per class 1 to 5 latent numbers, and F1.
 
     Ordered by standardised positive mean difference. The first is always in; the next joins while the F1 of a
     logistic probe on all of them, on these rows, rises by more than 0.03 (the "split" latents of SAEBench absorption).
+    F1 [classes] is that of the probe on all of a class's latents: a low one says that they do not stand for it.
     """
     order = mean_difference(latents, labels).topk(min(MAX_MAIN, latents.shape[1]), dim=1).indices
     actual = labels.cpu().numpy()
@@ -56,7 +57,7 @@ def main_latents(latents: Tensor, labels: Tensor) -> list[np.ndarray]:
     gains = np.diff(f1, axis=0) > F1_GAIN  # [MAX_MAIN - 1, classes]
     n_main = 1 + np.cumprod(gains, axis=0).sum(0)
     numbers = order.cpu().numpy()
-    return [numbers[i, : n_main[i]] for i in range(len(labels))]
+    return [numbers[i, : n_main[i]] for i in range(len(labels))], f1[n_main - 1, np.arange(len(labels))]
 
 
 def by_difference(latents: Tensor, labels: Tensor, most: int) -> Tensor:

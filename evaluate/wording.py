@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from evaluate.columns import Column
 from evaluate.compare import TRAINED, Difference, Estimate, Recipe
@@ -10,6 +11,10 @@ FOCUS = {  # what the first sentence is about: the first of these that was measu
     "full_absorption_cross_token": "cross-token absorption",
     "mean_full_absorption_score": "absorption",
     "explained_variance": "explained variance",
+}
+FAMILIES = {  # what else the verdict gives in short
+    "full_absorption_same_token": "same-token absorption",
+    "full_absorption_two_token": "two-token absorption",
 }
 MAX_CLAUSES = 4
 CLEAR = ("higher", "lower")  # verdicts of an interval that excludes 0
@@ -49,39 +54,101 @@ def error_of(estimate: Estimate) -> str:
     return "" if math.isnan(estimate.error) else number(estimate.error, like=estimate.mean)
 
 
-def clause(differences: Sequence[Difference], what: str) -> str:
-    """What one recipe name changed, in every architecture it was trained in."""
-    seeds = sorted({difference.n for difference in differences})
-    over = " or ".join(map(str, seeds)) + f" seed{'s' * (seeds != [1])}"
-    changes = []
-    for difference in differences:
-        change = f"of {difference.recipe.arch} by {number(difference.mean, signed=True)}"
-        if difference.n < 2:
-            changes.append(f"{change} (one seed says nothing about chance)")
-        else:
-            interval = f"95 % interval {number(difference.low)} to {number(difference.high)}"
-            alone = difference.verdict in CLEAR and not difference.holm
-            caveat = ", but not after Holm's correction for all comparisons" if alone else ""
-            changes.append(f"{change} ({interval}: {difference.verdict}{caveat})")
-    return f"over {over}, '{differences[0].recipe.name}' changed {what} {', '.join(changes)}"
+def sentence(differences: Sequence[Difference], unreliable: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The verdict on masking in a few sentences, on the first measured column of FOCUS.
 
-
-def sentence(differences: Sequence[Difference]) -> str:
-    """The verdict on masking in one sentence: the first measured column of FOCUS, every masked recipe."""
+    What every masked recipe changed, what noise of matched strength changed, the other families of absorption, and
+    whether the column can be trusted here.
+    """
     masked = [difference for difference in differences if difference.recipe.is_masked]
     for column, what in FOCUS.items():
         found = [difference for difference in masked if difference.column == column]
-        if found:
-            names = list(dict.fromkeys(difference.recipe.name for difference in found))
-            clauses = [clause([d for d in found if d.recipe.name == name], what) for name in names[:MAX_CLAUSES]]
-            if len(names) > MAX_CLAUSES:
-                clauses.append(f"{len(names) - MAX_CLAUSES} more masked recipes are below")
-            text = "; ".join(clauses)
-            return f"{text[0].upper()}{text[1:]}."
+        plain = [difference for difference in found if difference.baseline.is_plain]
+        if not plain:
+            continue
+        names = list(dict.fromkeys(difference.recipe.name for difference in plain))
+        clauses = [_clause([d for d in plain if d.recipe.name == name], what) for name in names[:MAX_CLAUSES]]
+        if len(names) > MAX_CLAUSES:
+            clauses.append(f"{len(names) - MAX_CLAUSES} more masked recipes are below")
+        shown = [d for d in masked if d.recipe.name in names[:MAX_CLAUSES]]
+        texts = ["; ".join(clauses), _noise(differences, [d for d in shown if d.column == column])]
+        texts.append(_families(shown, column, names[:MAX_CLAUSES]))
+        if column in unreliable:
+            texts.append(f"{what} is unreliable alone here: {unreliable[column]}")
+        return " ".join(f"{text[0].upper()}{text[1:]}." for text in texts if text)
     return (
         "Nothing here says what masking does: "
-        "that takes a masked and an unmasked run of the same architecture, k and seed."
+        "that takes a masked and an unmasked run of the same architecture, k, size and seed."
     )
+
+
+def _clause(differences: Sequence[Difference], what: str) -> str:
+    """What one recipe name changed, in every architecture and size it was trained in."""
+    seeds = sorted({difference.n for difference in differences})
+    over = " or ".join(map(str, seeds)) + f" seed{'s' * (seeds != [1])}"
+    return f"over {over}, '{differences[0].recipe.name}' changed {what} {_changes(differences)}"
+
+
+def _changes(differences: Sequence[Difference], pattern: str = "of {who} by {mean}") -> str:
+    """`of batchtopk by −0.1 (its interval: the verdict), of topk by ...`."""
+    among = [difference.recipe for difference in differences]
+    changes = []
+    for difference in differences:
+        if difference.n < 2:
+            remark = "one seed says nothing about chance"
+        else:
+            alone = difference.verdict in CLEAR and not difference.holm
+            caveat = ", but not after Holm's correction for all comparisons" if alone else ""
+            interval = f"95 % interval {number(difference.low)} to {number(difference.high)}"
+            remark = f"{interval}: {difference.verdict}{caveat}"
+        if not difference.l0_is_matched:
+            remark += f"; L0 not matched, {100 * difference.l0_change:+.0f} %".replace("-", "−")
+        who, mean = _who(difference.recipe, among), number(difference.mean, signed=True)
+        changes.append(f"{pattern.format(who=who, mean=mean)} ({remark})")
+    return ", ".join(changes)
+
+
+def _who(recipe: Recipe, among: Sequence[Recipe]) -> str:
+    """An architecture, with the other facts that differ among some recipes."""
+    words = [recipe.arch]
+    words += [f"k {recipe.k}"] if len({other.k for other in among}) > 1 else []
+    words += [f"{recipe.d_sae} latents"] if len({other.d_sae for other in among}) > 1 else []
+    words += [recipe.settings] if recipe.settings else []
+    words += [f"({recipe.bench})"] if len({other.bench for other in among}) > 1 else []
+    return " ".join(words)
+
+
+def _noise(differences: Sequence[Difference], masked: Sequence[Difference]) -> str:
+    """What noise of matched strength changed, and masked recipes minus noise; empty if there was none."""
+    against = [difference for difference in masked if not difference.baseline.is_plain]
+    texts = []
+    for name in dict.fromkeys(difference.baseline.name for difference in against):
+        chosen = [difference for difference in against if difference.baseline.name == name]
+        baselines, column = [difference.baseline for difference in chosen], chosen[0].column
+        own = [d for d in differences if d.recipe in baselines and d.column == column and d.baseline.is_plain]
+        among = [difference.recipe for difference in own]
+        changed = ", ".join(f"of {_who(d.recipe, among)} by {number(d.mean, signed=True)}" for d in own)
+        minus = f"'{chosen[0].recipe.name}' minus noise"
+        first = f"noise of matched strength ('{name}') changed it {changed}; " if own else ""
+        texts.append(f"{first}{minus}: {_changes(chosen, '{who} {mean}')}")
+    return "; ".join(texts)
+
+
+def _families(masked: Sequence[Difference], focus: str, names: Sequence[str]) -> str:
+    """The same of the other families of absorption, in short; empty where they were not measured."""
+
+    def named(recipe: Recipe) -> str:
+        return f" {recipe.name}" if len(names) > 1 else ""
+
+    texts = []
+    for column, what in FAMILIES.items():
+        found = [d for d in masked if d.column == column and d.baseline.is_plain]
+        if column == focus or not found:
+            continue
+        among = [difference.recipe for difference in found]
+        short = [f"{_who(d.recipe, among)}{named(d.recipe)} {number(d.mean, signed=True)} ({d.verdict})" for d in found]
+        texts.append(f"{what}: {', '.join(short)}")
+    return "; ".join(texts)
 
 
 def cautions(unreliable: Mapping[str, str], columns: Mapping[str, Column]) -> list[tuple[str, str]]:

@@ -13,7 +13,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 Model = Annotated[
     str,
-    typer.Option(help="Short name (tiny, pythia-70m, pythia-160m, gpt2, gemma-2-2b), hub id or local folder."),
+    typer.Option(
+        help="Short name (tiny, pythia-70m, pythia-160m, gpt2, gemma-2-2b), hub id or local folder; of the families "
+        "gemma2, gpt2, gpt_neox, llama and qwen3."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the cache: new, empty, or an unfinished cache to go on with.")]
 Dataset = Annotated[

@@ -15,7 +15,7 @@ from cache_spec.plan import HookPlan, Plan, VariantPlan
 from harvest.masking import window_inputs
 from harvest.model import LoadedModel, activations, hf_name
 from harvest.request import Request
-from harvest.text import open_text, text_id
+from harvest.text import open_text, text_facts, text_id
 from harvest.windows import TextTooShort, Windows, cut_windows, file_sha256
 
 CHUNK_ROWS = 1024
@@ -119,6 +119,7 @@ def make_plan(loaded: LoadedModel, request: Request) -> tuple[Plan, Windows]:
         )
     read = {
         "revision": text.revision,
+        **text_facts(request.dataset),
         "n_documents": windows.n_documents,
         "windows_sha256": file_sha256(windows.tokens),
         "window_docs_sha256": file_sha256(windows.docs),
@@ -129,7 +130,8 @@ def make_plan(loaded: LoadedModel, request: Request) -> tuple[Plan, Windows]:
 def differences(plan: Plan, loaded: LoadedModel, request: Request) -> list[str]:
     """Where a cache's plan is not what was asked, as the options that say so; empty if the harvest can go on.
 
-    The text is known by its name: its tokens are kept beside the plan, so it is not read again.
+    The text is known by its name and, while its files are there, by their checksum; its tokens are kept beside the
+    plan, so it is not cut again.
     """
     asked_scale = request.scale_factor or plan.hooks[0].scale_factor
     pairs = {
@@ -144,8 +146,21 @@ def differences(plan: Plan, loaded: LoadedModel, request: Request) -> list[str]:
         "--scale-factor": (plan.hooks[0].scale_factor, asked_scale),
         **_variant_pairs(plan.variants, request.variants),
     }
-    return [
+    unlike = [
         f"{option} {_short(there)}, not {_short(asked)}" for option, (there, asked) in pairs.items() if there != asked
+    ]
+    return unlike or _other_text(plan, request.dataset)
+
+
+def _other_text(plan: Plan, dataset: str) -> list[str]:
+    """The difference to a local text of the same name. A plan of an older harvest does not know its text."""
+    facts = text_facts(dataset) if "text_sha256" in plan.source else {}
+    there = {key: plan.source[key] for key in facts}
+    if there == facts:
+        return []
+    return [
+        f"--dataset of {there['text_bytes']:,} bytes with SHA-256 {there['text_sha256'][:12]}, "
+        f"not of {facts['text_bytes']:,} with {str(facts['text_sha256'])[:12]}"
     ]
 
 

@@ -72,6 +72,8 @@ def _refuse_foreign(out: Path) -> None:
     """Before the text is read, which can take minutes; `create_cache` looks more closely later."""
     if out.exists() and not out.is_dir():
         raise CacheConflict(f"{out} is a file; give a folder that is new or empty with --out")
+    if (above := next((folder for folder in out.parents if folder.exists()), None)) and not above.is_dir():
+        raise CacheConflict(f"{above} is a file, so there can be no {out}; give another folder with --out")
     if not out.exists() or is_ours(out):
         return
     if foreign := sorted(entry.name for entry in out.iterdir() if entry.name != INTERNAL):
@@ -90,9 +92,10 @@ def _write_missing(job: Job, out: Path, missing: list[int]) -> None:
                 arrays, columns = make_shard(job, shard, progress)
                 write_shard(out, plan, shard, arrays, columns)
                 n_done += 1
-    except KeyboardInterrupt:
-        print(f"stopped after {n_before + n_done} of {plan.n_shards} shards, which are in {out}")
-        raise
+    except KeyboardInterrupt as interrupt:
+        there = f"{n_before + n_done} of {plan.n_shards} shards are in {out}"
+        then = f"goes on from shard {missing[n_done]}" if n_done < len(missing) else "closes the cache"
+        raise KeyboardInterrupt(f"{there}; the same command {then}") from interrupt
     seconds = time.monotonic() - start
     if missing:
         rate = n_rows * len(plan.variants) / seconds

@@ -4,6 +4,7 @@ What is a document: one line of a `.jsonl` (its `text` field); a stretch between
 whole `.txt` when a folder of them is given.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -65,14 +66,41 @@ def text_id(dataset: str) -> str:
     return path.resolve().name
 
 
+def text_facts(dataset: str) -> dict[str, int | str]:
+    """Size and SHA-256 of a local text, for the plan; of a folder, the SHA-256 of what `sha256sum` says of its files.
+
+    Empty for the embedded language, for a hub data set (its revision says the same), and for a text that is not there.
+    """
+    path = Path(dataset)
+    if dataset == EMBEDDED or not path.exists():
+        return {}
+    if path.is_file():
+        return {"text_bytes": path.stat().st_size, "text_sha256": _sha256(path)}
+    files = _files_of(path)
+    lines = [f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    return {
+        "text_bytes": sum(file.stat().st_size for file in files),
+        "text_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _kind(path: Path) -> str:
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{path} is neither .txt nor .jsonl; rename it, or convert it to one document a line of .jsonl")
     return path.suffix
 
 
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+
+
 def _folder_documents(folder: Path) -> Iterator[str]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    files = _files_of(folder)
     if not files:
         raise UserError(f"the folder {folder} holds no .txt and no .jsonl; give one that does")
     for path in files:

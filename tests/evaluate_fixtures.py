@@ -51,14 +51,14 @@ def planted_rows(n: int, seed: int, *, noise: float = 0.01, childless: float = 0
     )
 
 
-def planted_language(n: int = 4000, **how: float) -> Language:
+def planted_language(n: int = 4000, family: str = "same_token", **how: float) -> Language:
     """Three corpora of the planted world; the shifted one differs by its seed only."""
     return Language(
         fit=planted_rows(n, 1, **how),
         test=planted_rows(n, 2, **how),
         shifted=planted_rows(n, 3, **how),
         even=planted_rows(n, 4, **how),
-        relations=(Relation("same_token", "letter", "noun", "noun"),),
+        relations=(Relation(family, "letter", "noun", "noun"),),
         tasks=(ProbeTask("letter", "letter", "noun"),),
         value_names={
             "letter": [f"L{p}" for p in range(N_PARENTS)],
@@ -67,6 +67,50 @@ def planted_language(n: int = 4000, **how: float) -> Language:
         feature_names=[f"feature {i}" for i in range(D_MODEL)],
         seed=0,
     )
+
+
+def turned_language(n: int = 4000) -> Language:
+    """Fit and test text that disagree about all but dimension 0, which is the label (a letter) in both.
+
+    Dimension 1 is the label on fit text (nine times of ten) and its opposite on test text; dimension 2 is noise on fit
+    text and the label on test text. The shifted text is like the fit text.
+    """
+
+    def rows(seed: int, turned: bool) -> Rows:
+        generator = np.random.default_rng(seed)
+        label = generator.integers(2, size=n)
+        mostly, noise = label ^ (generator.random(n) < 0.1), generator.integers(2, size=n)
+        pair = (1 - mostly, label) if turned else (mostly, noise)
+        x = np.stack([label, *pair], axis=1).astype(np.float32)
+        everywhere = np.ones(n, dtype=bool)
+        return Rows(
+            x=torch.from_numpy(x),
+            attributes={"letter": label, "noun": label},
+            positions={"noun": everywhere, EVERYWHERE: everywhere},
+            features=x > 0,
+        )
+
+    return Language(
+        fit=rows(1, False),
+        test=rows(2, True),
+        shifted=rows(3, False),
+        even=rows(4, False),
+        relations=(Relation("same_token", "letter", "noun", "noun"),),
+        tasks=(ProbeTask("letter", "letter", "noun"),),
+        value_names={"letter": ["no", "yes"], "noun": ["no", "yes"]},
+        feature_names=["label", "A", "B"],
+        seed=0,
+    )
+
+
+def turned_sae() -> SparseAutoencoder:
+    """Latent 0 reads dimension 1 of the turned text (right on fit text), latent 1 dimension 2 (right on test text)."""
+    sae = SparseAutoencoder(3, 2, Threshold())
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(3)[1:].T)
+        sae.W_dec.copy_(torch.eye(3)[1:])
+        sae.threshold = torch.tensor(0.5)
+    return sae
 
 
 def planted_sae(n_absorbed: int) -> SparseAutoencoder:

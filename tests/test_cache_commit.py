@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(cache, monkeypat
 
     monkeypatch.setattr(os, "write", full)
     needed = sum(shard_files(PLAN, 1).values())
-    with pytest.raises(DiskFull, match=rf"needs {needed:,} bytes and [\d,]+ are free"):
+    with pytest.raises(DiskFull, match=rf"needs {needed:,} bytes and [\d,]+ are free; .* the last finished shard"):
         write_shard(cache, PLAN, 1, *make_shard(PLAN, 1))
     assert not partials(cache)
     assert committed_shards(cache, PLAN) == ()

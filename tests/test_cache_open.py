@@ -264,6 +264,40 @@ def test_a_column_whose_bits_changed(path):
         cache.column("doc", 2)
 
 
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("shard", [0, 2])  # to train on, and held out
+@pytest.mark.parametrize("place", [0, 200, -5])  # the first inner chunk, the second, the index
+def test_an_activation_file_whose_bits_changed_is_refused_at_its_first_use(path, shard, place):
+    file = path / f"layer_3/masked/c/{shard}/0"
+    flip(file, place)
+    cache = ActivationCache.open(path)
+    with pytest.raises(CacheDamaged) as caught:
+        cache.activations("layer_3", "masked", shard)
+    for words in (str(file), str(path / record_file(shard)), "run the same harvest"):
+        assert words in str(caught.value)
+    with pytest.raises(CacheDamaged):  # still, and not only the first time
+        cache.read("layer_3", "masked", np.array([64 * shard]))
+    cache.activations("layer_3", "clean", shard)
+    assert ActivationCache.open(path, check=False).activations("layer_3", "masked", shard).shape[1] == 6
+
+
+def test_an_activation_file_is_checked_once(path, monkeypatch):
+    checked = []
+    monkeypatch.setattr("cache_spec.cache.activation_fault", lambda file, *_: checked.append(file) or "")
+    cache = ActivationCache.open(path)
+    for _ in range(2):
+        cache.activations("layer_1", "clean", 0)
+        cache.read("layer_1", "clean", np.arange(150))
+    assert checked == [path / f"layer_1/clean/c/{shard}/0" for shard in cache.shards]
+    ActivationCache.open(path, check=False).activations("layer_1", "clean", 0)
+    assert len(checked) == 3
+
+
 def test_a_shard_that_is_not_committed_is_not_read(tmp_path):
     cache = ActivationCache.open(make_cache(tmp_path / "c", PLAN, shards=range(1), finalize=False), allow_partial=True)
     with pytest.raises(CacheError, match="no shard 2"):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from cache_spec import Progress, track
+from cache_spec import Progress
 
 
 @pytest.fixture
@@ -42,11 +42,6 @@ def test_nothing_done_prints_nothing(capsys):
     with Progress("train", 10, "steps"):
         pass
     assert lines(capsys) == []
-
-
-def test_track_yields_every_item_in_order(capsys):
-    assert list(track(range(7), "count", 7, "items")) == list(range(7))
-    assert "7/7 items" in lines(capsys)[-1]
 
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """The bench: which rows of a cache are scored, and what the labelled text holds."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from cache_spec import (
     FLAG_SPECIAL,
     FLAG_VALID,
     ActivationCache,
+    CacheDamaged,
     CacheError,
     HookPoint,
     UserError,
@@ -24,7 +27,7 @@ from evaluate import bench
 from evaluate.language import EVERYWHERE
 from evaluate.rows import class_labels
 from harvest import embedded
-from harvest.model import activations, load_model
+from harvest.model import LoadedModel, activations, load_model
 
 FLAGS = [FLAG_VALID, FLAG_VALID | FLAG_BOS, FLAG_VALID | FLAG_SPECIAL, FLAG_VALID | FLAG_PAD, 0]
 
@@ -58,6 +61,24 @@ def test_only_plain_held_out_tokens_are_read_and_documents_are_not_shared(cache)
     np.testing.assert_array_equal(found.replaced, bit)
 
 
+def test_no_document_is_both_calibrated_on_and_scored(tmp_path):
+    """Documents of several tokens each, and rows that hold the number of their document."""
+    plan = replace(make_plan(n_rows=192, n_train_rows=64, n_masked=0), hooks=(make_hook(1, 6),))
+    create_cache(tmp_path / "cache", plan)
+    for shard in range(plan.n_shards):
+        values, columns = make_shard(plan, shard)
+        columns["flags"] = np.full(64, FLAG_VALID, dtype=np.uint8)
+        columns["doc"] = (64 * shard + np.arange(64, dtype=np.uint32)) // 5
+        values["layer_1", "clean"][:] = columns["doc"][:, None]
+        write_shard(tmp_path / "cache", plan, shard, values, columns)
+    finalize_cache(tmp_path / "cache")
+    found = bench.read_held_out(ActivationCache.open(tmp_path / "cache"), plan.hooks[0], "cpu")
+    calibrated, scored = (set(rows.x[:, 0].tolist()) for rows in (found.calibration, found.clean))
+    assert calibrated
+    assert scored
+    assert not calibrated & scored
+
+
 def test_a_cache_without_held_out_rows_is_an_error_that_says_what_to_do(tmp_path):
     plan = make_plan(n_rows=128, n_train_rows=128)
     create_cache(tmp_path / "cache", plan)
@@ -81,8 +102,10 @@ def test_a_cache_without_masked_rows_is_scored_on_clean_ones_alone(tmp_path):
     assert found.replaced is None
 
 
-def unreachable(name: str, **_: str) -> None:
-    raise UserError(f"'{name}' cannot be had")
+def unreachable(name: str, **how: Any) -> LoadedModel:
+    if name != "tiny":
+        raise UserError(f"'{name}' cannot be had")
+    return load_model(name, **how)
 
 
 def test_what_cannot_be_measured_is_said_with_its_reason(cache, monkeypatch):
@@ -110,8 +133,8 @@ def small_language():
     patch.setattr(bench, "N_SPLICE_WINDOWS", 5)
     patch.setattr(bench, "PROBE_ROWS", 150)
     loaded = load_model("tiny")
-    language, windows = bench.make_language(loaded, HookPoint.parse(embedded.HOOK_POINT), seed=3)
-    yield loaded, language, windows
+    language = bench.make_language(loaded, HookPoint.parse(embedded.HOOK_POINT), seed=3)
+    yield loaded, language, bench.splice_windows(3)
     patch.undo()
 
 
@@ -163,3 +186,48 @@ def test_a_splice_replaces_every_token_but_the_special_ones(small_language):
     assert (splice.replaced == (splice.tokens != loaded.tokenizer.bos_token_id)).all()
     assert splice.rows.features is not None
     assert splice.rows.n == int(splice.replaced.sum()) == len(splice.rows.features)
+
+
+def cache_of_the_embedded_model(path: Path, model_id: str, d_model: int) -> ActivationCache:
+    plan = make_plan(n_rows=192, n_train_rows=64, d_model=d_model)
+    plan = replace(plan, model={**plan.model, "id": model_id, "revision": load_model("tiny", weights=False).revision})
+    create_cache(path, plan)
+    for shard in range(plan.n_shards):
+        values, columns = make_shard(plan, shard)
+        columns["flags"] = np.full(64, FLAG_VALID, dtype=np.uint8)
+        write_shard(path, plan, shard, values, columns)
+    finalize_cache(path)
+    return ActivationCache.open(path)
+
+
+def test_the_embedded_models_folder_has_ground_truth_and_windows_are_the_same_whatever_is_asked(
+    small_language, tmp_path
+):
+    loaded, _, windows = small_language
+    opened = cache_of_the_embedded_model(tmp_path / "cache", str(embedded.FOLDER), loaded.d_model)
+    alone, both = (
+        bench.make_bench(opened, opened.plan.hooks[0], device="cpu", seed=3, with_model=True, with_language=language)
+        for language in (False, True)
+    )
+    assert alone.missing == both.missing == ()
+    assert alone.language is None
+    assert both.language is not None
+    for made in (alone, both):
+        assert made.splice is not None
+        assert torch.equal(made.splice.tokens, torch.from_numpy(windows.tokens))
+
+
+def test_without_the_windows_of_the_cache_the_rest_is_measured(cache, monkeypatch):
+    loaded = replace(load_model("tiny"), revision="0")
+    monkeypatch.setattr(bench, "load_model", lambda name, **how: load_model(name, **how) if name == "tiny" else loaded)
+    made = bench.make_bench(cache, cache.plan.hooks[0], device="cpu", seed=0, with_model=True, with_language=False)
+    assert made.splice is None
+    (sentence,) = made.missing
+    assert "windows.npy" in sentence
+    assert made.clean.n > 0
+
+
+def test_numbers_that_are_not_finite_are_damage_and_not_a_traceback(cache, monkeypatch):
+    monkeypatch.setattr(ActivationCache, "activations", lambda *_: np.full((64, 6), np.nan, dtype="<f2"))
+    with pytest.raises(CacheDamaged, match="python -m cache_spec verify"):
+        bench.read_held_out(cache, cache.plan.hooks[0], "cpu")

@@ -211,3 +211,51 @@ def test_the_terminal_table_has_a_line_per_recipe_and_lines_up():
     assert lines[0].split() == ["batchtopk", "unmasked", "3", ".500±.058"]
     assert lines[1].split() == ["oracle", "1", "1.00"]
     assert len(head) == len(lines[0]) == len(lines[1])
+
+
+def two_sizes() -> list[Result]:
+    rows = []
+    for d_sae in (512, 128):
+        for shift, name in ((0.0, "unmasked"), (-0.1, "masked 0.25"), (-0.3, "masked 0.5")):
+            rows += results(recipe(name, d_sae=d_sae), [d_sae + shift, d_sae + shift + 0.5, d_sae + shift + 1])
+    return rows
+
+
+def test_a_masked_recipe_is_compared_with_the_plain_one_of_its_size():
+    """Two sizes and two fractions: the difference is that of masking, never of size."""
+    found = {(d.recipe.name, d.recipe.d_sae): d for d in differences(two_sizes(), ["score"])}
+    for d_sae in (512, 128):
+        for name, shift in (("masked 0.25", -0.1), ("masked 0.5", -0.3)):
+            difference = found[name, d_sae]
+            assert difference.baseline == recipe(d_sae=d_sae)
+            assert difference.mean == pytest.approx(shift)
+    assert found["unmasked", 128].baseline == recipe(d_sae=512)
+    assert len(found) == 5
+    assert baseline_of(recipe("masked 0.5", d_sae=64), [recipe(), recipe(d_sae=128)]) is None
+
+
+def test_masked_recipes_are_also_compared_with_noise_of_matched_strength():
+    noise = recipe("gaussian 0.45 (matched 0.5)")
+    others = [recipe("gaussian 0.2 (matched 0.25)"), replace(noise, d_sae=128), replace(noise, k=12)]
+    rows = [row for other in others for row in results(other, [5.0, 6.0])]
+    rows += results(recipe(), [1.0, 2.0]) + results(recipe("masked 0.5"), [3.0, 4.5]) + results(noise, [2.0, 3.0])
+    found = [d for d in differences(rows, ["score"]) if d.recipe.is_masked]
+    assert [(d.baseline, d.mean) for d in found] == [(recipe(), 2.25), (noise, 1.25)]
+
+
+@pytest.mark.parametrize(("l0", "is_matched"), [(6.1, True), (6.3, False), (5.7, False)])
+def test_an_l0_that_is_not_matched_is_noticed(l0, is_matched):
+    rows = [Result(run="", recipe=recipe(), seed=0, values={"score": 1.0, "l0": 6.0})]
+    rows += [Result(run="", recipe=recipe("masked 0.5"), seed=0, values={"score": 2.0, "l0": l0})]
+    (found,) = differences(rows, ["score"])
+    assert found.l0_change == pytest.approx(l0 / 6 - 1)
+    assert found.l0_is_matched == is_matched
+    (unknown,) = differences(results(recipe(), [1.0]) + results(recipe("masked 0.5"), [2.0]), ["score"])
+    assert unknown.l0_is_matched
+
+
+def test_one_untrained_sae_may_stand_for_several_architectures():
+    rows = results(recipe(), [0.8]) + results(recipe(RANDOM, kind=RANDOM, arch="topk, batchtopk"), [0.9])
+    assert "untrained batchtopk" in unreliable(rows, COLUMNS)["score"]
+    rows = results(recipe(), [0.8]) + results(recipe(RANDOM, kind=RANDOM, arch="topk, matryoshka"), [0.9])
+    assert unreliable(rows, COLUMNS) == {}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from evaluate_fixtures import (
+    D_MODEL,
     N_CHILDREN,
     N_PARENTS,
     child_number,
@@ -12,6 +13,8 @@ from evaluate_fixtures import (
     random_sae,
     subject_of,
     subject_of_sae,
+    turned_language,
+    turned_sae,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +22,14 @@ from hypothesis import strategies as st
 from evaluate.compare import Recipe
 from evaluate.example import recall_example
 from evaluate.language import EVERYWHERE
-from evaluate.metrics.absorption import absorption, mean_per_child, parent_latents, tokens_of_parent
+from evaluate.metrics.absorption import COLUMNS, absorption, mean_per_child, parent_latents, tokens_of_parent
 from evaluate.metrics.ood import ood
 from evaluate.metrics.probing import probing
 from evaluate.metrics.recovery import recovery
 from evaluate.oracle import fit_oracle
+from harvest import embedded
+from train.activations import Threshold
+from train.sae import SparseAutoencoder
 
 RECIPE = Recipe(bench="planted", arch="batchtopk", k=3, d_sae=170, name="unmasked")
 
@@ -41,9 +47,30 @@ def test_planted_absorption_is_found_exactly(language, n_absorbed):
     assert values["full_absorption_same_token"] == pytest.approx(planted, abs=1e-9)
     assert values["absorption_fraction_same_token"] == pytest.approx(planted, abs=1e-9)
     assert values["silent_same_token"] == pytest.approx(planted, abs=1e-9)
-    assert values["recall_gap_same_token"] == pytest.approx(planted, abs=1e-9)
+    assert values["main_latent_f1_same_token"] == pytest.approx(1 - 0.8 * planted / (2 - 0.8 * planted), abs=0.02)
+    assert set(values) <= set(COLUMNS)
     assert values["mean_full_absorption_score"] == values["full_absorption_same_token"]
     assert values["mean_num_split_features"] == 1.0
+
+
+def test_the_recall_gap_is_measured_where_the_parent_occurs_without_a_child():
+    values = absorption(subject_of_sae(planted_sae(12), planted_language(family="cross_token")))
+    assert values["recall_gap_cross_token"] == pytest.approx(0.3, abs=1e-9)
+    assert COLUMNS["recall_gap_cross_token"].short == "gap cross"
+
+
+def test_recall_gaps_are_declared_for_the_families_that_have_them():
+    corpus = embedded.generate(100, seed=0)
+    found = {
+        relation.family
+        for relation in embedded.RELATIONS
+        if (
+            corpus.positions[relation.positions]
+            & (corpus.attributes[relation.parent] >= 0)
+            & (corpus.attributes[relation.child] < 0)
+        ).any()
+    }
+    assert found == {name.removeprefix("recall_gap_") for name in COLUMNS if name.startswith("recall_gap_")}
 
 
 def test_a_silent_parent_that_nothing_carries_is_a_hole_but_not_absorbed(language):
@@ -116,6 +143,13 @@ def test_a_perfect_dictionary_recovers_everything_and_dead_latents_cost(language
     half = recovery(subject_of_sae(sae, language))
     assert half["mcc"] == pytest.approx(0.5, abs=0.02)
     assert half["uniqueness"] == 0.5
+    small = SparseAutoencoder(D_MODEL, D_MODEL // 2, Threshold())  # without those latents: as good, no better
+    with torch.no_grad():
+        small.W_enc.copy_(sae.W_enc[:, 1::2])
+        small.W_dec.copy_(sae.W_dec[1::2])
+        small.threshold = sae.threshold
+    found = recovery(subject_of_sae(small, language))
+    assert found == pytest.approx(half, abs=1e-6)
 
 
 def test_correlations_of_recovery_are_pearsons(language):
@@ -128,7 +162,7 @@ def test_correlations_of_recovery_are_pearsons(language):
     from scipy.optimize import linear_sum_assignment
 
     matched = plain[linear_sum_assignment(plain, maximize=True)]
-    assert recovery(subject)["mcc"] == pytest.approx(matched.sum() / min(plain.shape), abs=1e-4)
+    assert recovery(subject)["mcc"] == pytest.approx(matched.sum() / plain.shape[1], abs=1e-4)
 
 
 def test_probes_are_perfect_on_a_perfect_dictionary_and_poor_on_a_random_one(language):
@@ -153,6 +187,22 @@ def test_gaps_are_differences_of_the_probing_numbers(language):
         shifted = scores[f"sae_top_{k}_test_auc_shifted"]
         assert gaps[f"ood_gap_to_dense_{k}"] == pytest.approx(scores["llm_test_auc_shifted"] - shifted)
         assert gaps[f"ood_drop_{k}"] == pytest.approx(scores[f"sae_top_{k}_test_auc"] - shifted)
+
+
+def test_probes_are_chosen_and_fitted_on_the_fit_text_alone():
+    """What fit text says is turned round on test text, so a probe that never saw it is wrong there."""
+    values = probing(subject_of_sae(turned_sae(), turned_language()))
+    assert values["sae_top_1_test_auc_shifted"] == pytest.approx(0.9, abs=0.03)
+    assert values["sae_top_1_test_auc"] == pytest.approx(0.1, abs=0.03)
+    assert values["sae_top_5_test_auc"] < 0.5  # both latents, weighed as the fit text says
+
+
+def test_the_latents_of_a_parent_are_chosen_on_the_fit_text_alone():
+    subject = subject_of_sae(turned_sae(), turned_language())
+    assert subject.bench.language is not None
+    (parents,) = subject.bench.language.parents
+    yes = parents.classes.tolist().index(1)
+    assert parent_latents(subject, parents)[yes].tolist() == [0]
 
 
 def test_the_oracle_bounds_what_it_should(language):

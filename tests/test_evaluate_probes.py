@@ -121,11 +121,22 @@ def test_main_latents_join_only_while_they_add_to_f1():
     latents[on & half, 0] = 1.0
     latents[on & ~half, 1] = 1.0
     latents[:, 2] = (torch.rand(1000, generator=generator) < 0.3 + 0.2 * on).float()
-    main = main_latents(latents, on.unsqueeze(0))
+    main, f1 = main_latents(latents, on.unsqueeze(0))
+    assert f1.tolist() == [1.0]
     assert sorted(main[0].tolist()) == [0, 1]
     whole = latents.clone()
     whole[on, 3] = 1.0  # now one latent says it all
-    assert main_latents(whole, on.unsqueeze(0))[0].tolist() == [3]
+    assert main_latents(whole, on.unsqueeze(0))[0][0].tolist() == [3]
+
+
+def test_the_f1_of_main_latents_is_that_of_the_ones_kept():
+    """A latent that covers half of a class, and never fires elsewhere: precision 1, recall 1/2, F1 2/3."""
+    on, half = torch.arange(1000) % 4 == 0, torch.arange(1000) % 8 == 0
+    latents = torch.zeros(1000, 3)
+    latents[on & half, 1] = 1.0
+    main, f1 = main_latents(latents, on.unsqueeze(0))
+    assert main[0].tolist() == [1]
+    assert f1[0] == pytest.approx(2 / 3)
 
 
 def test_one_hot_marks_each_value_once():

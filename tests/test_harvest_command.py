@@ -1,6 +1,8 @@
 """`python -m harvest` as a user meets it: defaults that work, one sentence on bad input, Ctrl-C and kill -9."""
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from cache_spec import ActivationCache, UserError, verify_cache
 from harvest.__main__ import app
+from harvest.model import FAMILIES, SHORT_NAMES
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,9 +110,11 @@ def test_a_killed_and_an_interrupted_harvest_end_byte_for_byte_as_an_uninterrupt
     arguments = command(model, text, tmp_path / "cut")
     code, said = interrupt(arguments, 1, signal.SIGINT)
     assert code == 130, said
-    assert "error: stopped by Ctrl-C" in said
+    assert said.count("Ctrl-C") == 1
+    assert re.search(
+        r"error: stopped by Ctrl-C; .* \d of 7 shards are in .*; the same command goes on from shard \d\n", said
+    )
     assert "Traceback" not in said
-    assert "of 7 shards, which are in" in said
     assert not list(tmp_path.rglob("*.partial"))
     n_before = len(ActivationCache.open(tmp_path / "cut", allow_partial=True).shards)
     code, said = interrupt(arguments, n_before + 1, signal.SIGKILL)
@@ -138,6 +143,7 @@ def test_a_killed_and_an_interrupted_harvest_end_byte_for_byte_as_an_uninterrupt
         (("--tokens", "9M"), "the text is too short"),
         (("--dataset", "nowhere.txt"), r"no text at nowhere\.txt"),
         (("--out", "/proc/version"), "is a file"),
+        (("--out", "/proc/version/cache/of/mine"), "/proc/version is a file, so there can be no /proc/version/cache"),
         (("--context", "1000"), "--context is 1000"),
         (("--device", "abacus"), "no device 'abacus'"),
         (("--dtype", "decimal"), "'decimal' is not a dtype"),
@@ -151,6 +157,21 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(model, text, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_limit_on_the_size_of_files_is_one_sentence_and_leaves_no_half_file(model, text, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", "harvest", *command(model, text, tmp_path / "cache")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+    )
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: File too large: .*; raise the limit .*", ended.stderr.splitlines()[-1])
+    assert "Traceback" not in ended.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_the_help_explains_every_option_without_loading_torch():
     program = (
         "import sys\nfrom typer.testing import CliRunner\nfrom harvest.__main__ import app\n"
@@ -160,6 +181,16 @@ def test_the_help_explains_every_option_without_loading_torch():
     options = [line.strip() for line in said.splitlines() if line.strip().startswith("--")]
     assert len(options) >= 15
     assert all(len(line.split("  ")) > 1 or line.split()[1:] for line in options)
+
+
+def test_the_help_names_every_family_and_short_name():
+    said = " ".join(invoke_help().split())
+    for name in (*FAMILIES, *SHORT_NAMES):
+        assert re.search(rf"\b{name}\b", said), name
+
+
+def invoke_help() -> str:
+    return CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output
 
 
 def test_a_dry_run_of_a_huge_harvest_is_quick_and_says_what_it_needs(model, text, tmp_path):

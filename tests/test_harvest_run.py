@@ -2,12 +2,14 @@
 
 import dataclasses
 import errno
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from harvest_fixtures import request_for, save_model, write_text
+from harvest_fixtures import random_documents, request_for, save_model, write_text
 
 from cache_spec import ActivationCache, CacheConflict, CacheError, DiskFull, HookPoint, verify_cache
 from cache_spec.files import Partial
@@ -16,6 +18,7 @@ from harvest.masking import draw_mask
 from harvest.model import activations, load_model
 from harvest.planning import make_plan
 from harvest.shard import Job, make_shard, row_order, windows_of
+from harvest.text import text_facts
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +191,7 @@ def test_the_bytes_announced_are_the_bytes_written(models, text, tmp_path, capsy
     assert announced == pytest.approx(written / 1000, rel=0.01)
 
 
-def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, monkeypatch, capsys):
+def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, monkeypatch):
     loaded, whole, out = models["gemma2"], tmp_path / "whole", tmp_path / "cut"
     request = request_for(loaded, text)
     run.harvest(loaded, request, whole)
@@ -201,9 +204,9 @@ def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, 
         return real(path, plan, shard, *arrays)
 
     monkeypatch.setattr(run, "write_shard", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run.harvest(loaded, request, out)
-    assert f"stopped after 2 of 6 shards, which are in {out}" in capsys.readouterr().out
+    assert str(caught.value) == f"2 of 6 shards are in {out}; the same command goes on from shard 2"
     assert not list(out.rglob("*.partial"))
     monkeypatch.setattr(run, "write_shard", lambda *facts: made.append(facts[2]) or real(*facts))
     monkeypatch.setattr(run, "make_plan", None)  # the text is not read again
@@ -221,6 +224,33 @@ def test_another_plan_is_refused_and_nothing_is_touched(models, text, tmp_path):
     with pytest.raises(CacheConflict, match=r"another plan \(--seed 0, not 1; --mask-prob 0.3, not 0.2\)"):
         run.harvest(loaded, request_for(loaded, text, seed=1, mask_prob=0.2), out)
     assert files_of(out) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_another_text_of_the_same_name_is_refused_while_it_is_there(models, tmp_path, kind):
+    loaded, out = models["gpt_neox"], tmp_path / "cache"
+    texts = [tmp_path / name / "text.txt" for name in ("first", "second")]
+    for seed, file in enumerate(texts):
+        file.parent.mkdir()
+        if kind == "folder":
+            file.mkdir()
+        write_text(file / "a.txt" if kind == "folder" else file, 400, seed)
+        if kind == "folder":
+            write_jsonl(file / "b.jsonl", 400, seed)
+    first, second = texts
+    run.harvest(loaded, request_for(loaded, first), out)
+    before = files_of(out)
+    assert text_facts(str(first)).items() <= ActivationCache.open(out).plan.source.items()
+    with pytest.raises(CacheConflict, match=r"another plan \(--dataset of [\d,]+ bytes with SHA-256 \w{12}, not of"):
+        run.harvest(loaded, request_for(loaded, second), out)
+    assert files_of(out) == before
+    run.harvest(loaded, request_for(loaded, first), out)
+    shutil.rmtree(first.parent)
+    run.harvest(loaded, request_for(loaded, first), out)  # the tokens are in the cache
+
+
+def write_jsonl(path, n_documents, seed):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in random_documents(n_documents, seed)))
 
 
 def test_a_folder_that_holds_something_else_is_refused_before_the_text_is_read(models, text, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Text: what a document is in each kind of source, and one sentence for each source that cannot be read."""
 
+import hashlib
 import itertools
 import json
 
@@ -10,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from cache_spec import UserError
 from harvest import hub_text
-from harvest.text import open_text, text_id
+from harvest.text import open_text, text_facts, text_id
 
 
 def documents(source):
@@ -131,3 +132,16 @@ def test_a_hub_that_cannot_be_reached_or_lacks_the_data_set_is_named(monkeypatch
     monkeypatch.setattr(hub_text, "hf_hub_download", download)
     with pytest.raises(UserError, match="hub has no data set 'owner/name'"):
         documents("owner/name@v1")
+
+
+def test_the_facts_of_a_local_text_are_those_that_sha256sum_prints(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    (folder / "one.txt").write_text("one")
+    (folder / "below" / "two.txt").write_text("two")
+    (folder / "notes.md").write_text("no text")
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
+    assert text_facts(str(folder / "one.txt")) == {"text_bytes": 3, "text_sha256": one}
+    printed = f"{two}  below/two.txt\n{one}  one.txt\n".encode()
+    assert text_facts(str(folder)) == {"text_bytes": 6, "text_sha256": hashlib.sha256(printed).hexdigest()}
+    assert text_facts("embedded") == text_facts(str(tmp_path / "gone.txt")) == text_facts("owner/name") == {}

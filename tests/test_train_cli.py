@@ -100,6 +100,14 @@ def test_dry_run_prints_the_runs_and_writes_nothing(cache, tmp_path):
         (["--masked-fraction", ""], "--masked-fraction is empty"),
         (["--masked-fraction", "nan"], "not between 0 and 1"),
         (["--masked-variant", "other", "--masked-fraction", "0.5"], "holds the variants clean, masked, not other"),
+        (["--masked-variant", "other"], "holds the variants clean, masked, not other"),
+        (["--masked-variant", "clean", "--positions", "only_masked"], "--masked-variant clean is the unmasked one"),
+        (["--penalty", "l0=1", "--arch", "batchtopk"], "l0 needs the thresholds of jumprelu"),
+        (["--penalty", "l1=nan"], "'l1=nan' is not a penalty"),
+        (["--penalty", "l1=-1"], "--penalty l1=-1 is negative"),
+        (["--corrupt", "gaussian=inf"], "is not a corruption"),
+        (["--match-strength", "0.5"], "add one, such as --corrupt gaussian"),
+        (["--lr", "inf"], "--lr inf is not positive and finite"),
         (["--tokens", "31"], "less than one batch"),
         (["--tokens", "608"], "608 tokens make 19 steps of 32 rows, and a run needs at least 20"),
         (["--tokens", "many"], "--tokens is 'many'"),
@@ -213,6 +221,12 @@ def test_matching_solves_for_the_strength(schedule):
     assert gaussian.corrupt == f"gaussian={0.1**0.5:.6g}"
     assert dropout.corrupt == f"dropout={0.1 / 1.1:.6g}"
     assert gaussian.name == "topk_d32_k3_gaussian_matched0.4_seed0"
+
+
+def test_another_variant_is_in_the_name(schedule):
+    lists = replace(LISTS, masked_fraction=(0.5,), corrupt=("none", "gaussian"), match_strength=0.4)
+    names = [run.name for run in make_runs(lists, schedule, SCALE, "random")]
+    assert names == ["topk_d32_k3_random0.5_seed0", "topk_d32_k3_random0.5_gaussian_matched_random0.4_seed0"]
 
 
 def test_a_long_run_gets_the_published_schedule_and_a_short_one_a_share_of_it(cache):

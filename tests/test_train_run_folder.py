@@ -211,6 +211,9 @@ def test_what_is_no_finished_run_is_refused(trained, tmp_path):
     (folder / "run.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         load_run(folder)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="has no status"):
+        load_run(folder)
     (folder / "run.json").write_text(json.dumps({"status": "training"}))
     with pytest.raises(UserError, match="--resume"):
         load_run(folder)

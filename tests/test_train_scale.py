@@ -62,7 +62,14 @@ def test_labels_are_what_a_person_would_call_a_run():
         ({"corrupt": "dropout=0.2", "masked_fraction": 0.25}, "self", "masked 0.25, dropout 0.2"),
     ]
     for changes, target, label in cases:
-        assert recipe_label(run_config(**changes), target) == label
+        assert recipe_label(run_config(**changes), replace(DATA, target=target)) == label
+
+
+def test_another_variant_is_in_the_label():
+    data = replace(DATA, masked_variant="random")
+    assert recipe_label(run_config(masked_fraction=0.5), data) == "random 0.5"
+    noisy = run_config(corrupt="gaussian=0.4", matched_fraction=0.5)
+    assert recipe_label(noisy, data) == "gaussian 0.4 (matched random 0.5)"
 
 
 def test_held_out_rows_are_normalised_clean_and_without_first_tokens(loader):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from train_fixtures import DATA, make_training_cache, run_config
 
-from cache_spec import UserError
+from cache_spec import DiskFull, UserError
+from train import sweep
 from train.__main__ import app
 from train.checkpoint import append_log, restore_checkpoint, save_checkpoint
 from train.kernels import select
@@ -95,6 +96,50 @@ def test_runs_that_stopped_at_different_steps_go_on_from_where_each_was(whole, l
     (tmp_path / "late" / "gone").rename(tmp_path / "gone")
     train_sweep(loader, RUNS, out=tmp_path / "late", checkpoint_every=EVERY, resume=True)
     assert contents(tmp_path / "late") == contents(whole)
+
+
+def test_ctrl_c_keeps_every_step_and_says_how_to_go_on(whole, loader, tmp_path):
+    """Without a regular checkpoint so far; each run stops after a whole step, and goes on to the same end."""
+    read, out = MixedBatchLoader.read, tmp_path / "runs"
+
+    def stop(self, at, **how):
+        if at == 20:
+            raise KeyboardInterrupt
+        return read(self, at, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MixedBatchLoader, "read", stop)
+        with pytest.raises(KeyboardInterrupt, match="add --resume to go on from step 20"):
+            train_sweep(loader, RUNS, out=out, checkpoint_every=1000, n_threads=2)
+    assert [json.loads(path.read_text())["n_done"] for path in out.glob("*/state/checkpoint.json")] == [20] * len(RUNS)
+    train_sweep(loader, RUNS, out=out, checkpoint_every=EVERY, resume=True)
+    assert contents(out).keys() == contents(whole).keys()
+    for name in ("masked", "noisy"):
+        file = f"{name}/sae_weights.safetensors"
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize("error", [DiskFull("full"), KeyboardInterrupt()])
+def test_what_goes_wrong_while_one_run_is_finished_costs_the_others_no_step(error, whole, loader, tmp_path):
+    finish = sweep.finish_run
+
+    def fail(folder, sae, facts):
+        if folder.name == "masked":
+            raise error
+        finish(folder, sae, facts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "finish_run", fail)
+        with pytest.raises(type(error)):
+            train_sweep(loader, RUNS, out=tmp_path, checkpoint_every=1000)
+    assert json.loads((tmp_path / "batchtopk" / "run.json").read_text())["status"] == COMPLETE
+    assert {json.loads(path.read_text())["n_done"] for path in tmp_path.glob("*/state/checkpoint.json")} == {60}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainRun, "step", lambda *_: pytest.fail("a step was lost"))
+        train_sweep(loader, RUNS, out=tmp_path, resume=True)
+    assert contents(tmp_path).keys() == contents(whole).keys()
+    file = "noisy/sae_weights.safetensors"
+    assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_a_run_of_a_sweep_is_the_run_alone(whole, loader, tmp_path):
@@ -178,6 +223,8 @@ def test_a_folder_with_something_else_is_refused_before_anything_is_written(load
         train_sweep(loader, RUNS, out=foreign)
     with pytest.raises(UserError, match="is a file"):
         train_sweep(loader, RUNS, out=foreign / "thesis.tex")
+    with pytest.raises(UserError, match="which is a file"):
+        train_sweep(loader, RUNS, out=foreign / "thesis.tex" / "runs")
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
 
 

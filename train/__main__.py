@@ -75,7 +75,7 @@ def train(
     schedule = schedule_for(
         loader, warmup_steps, decay_start, sparsity_warmup_steps, threshold_start, threshold_beta, dead_tokens
     )
-    runs = make_runs(lists, schedule, loader.scale)
+    runs = make_runs(lists, schedule, loader.scale, masked_variant)
     check_target(data, runs, force=force)
     print_plan(loader, runs, _n_threads(device))
     if not dry_run:

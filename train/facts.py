@@ -23,7 +23,7 @@ def run_facts(config: RunConfig, loader: MixedBatchLoader, kernel: Kernel) -> di
     facts = {
         "name": config.name,
         "status": TRAINING,
-        "recipe": recipe_label(config, loader.data.target),
+        "recipe": recipe_label(config, loader.data),
         "config": dataclasses.asdict(config),
         "data": dataclasses.asdict(loader.data),
         "cache": cache_facts(loader),

@@ -1,6 +1,7 @@
 """From the lists of the command line to the runs: their product, with a schedule that fits the number of steps."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -12,12 +13,15 @@ from cache_spec.errors import UserError
 from train.config import DataConfig, RunConfig
 from train.loader import MixedBatchLoader
 from train.names import find, parse_setting
+from train.recipe import Forward, Recipe, StepView
+from train.sae import SparseAutoencoder
 from train.scale import Scale, matched_corruption
 from train.step import penalties_of, recipe_of
 
 FULL_WINDOW = 1000  # steps, from dictionary_learning; a short run gets 5 % of its steps instead
 FULL_DEAD_TOKENS = 10_000_000
 MIN_STEPS = 20
+_NO_CORRUPTION = ("", "none")
 Number = TypeVar("Number", int, float)
 
 
@@ -102,11 +106,15 @@ class Lists:
         return any(self.masked_fraction) or self.match_strength is not None
 
 
-def make_runs(lists: Lists, schedule: Schedule, scale: Scale) -> list[RunConfig]:
-    """The product of the lists. Architectures without a k appear once for all k.
+def make_runs(
+    lists: Lists, schedule: Schedule, scale: Scale, masked_variant: str = DataConfig.masked_variant
+) -> list[RunConfig]:
+    """The product of the lists, each with a name. Architectures without a k appear once for all k.
 
     Raises UserError for an unknown name or a number out of range.
     """
+    if lists.match_strength is not None and not any(text not in _NO_CORRUPTION for text in lists.corrupt):
+        raise UserError("--match-strength sets the strength of a corruption; add one, such as --corrupt gaussian")
     corruptions = [_corruption(text, lists.match_strength, scale) for text in lists.corrupt or ("",)]
     runs = {}
     axes = (lists.arch, lists.d_sae, lists.k, lists.masked_fraction, corruptions, _penalty_sets(lists.penalty))
@@ -115,8 +123,8 @@ def make_runs(lists: Lists, schedule: Schedule, scale: Scale) -> list[RunConfig]
             raise UserError(f"--d-sae {d_sae} is not positive")
         if not 0 <= fraction <= 1:
             raise UserError(f"--masked-fraction {fraction} is not between 0 and 1")
-        if not lr > 0:
-            raise UserError(f"--lr {lr} is not positive")
+        if not 0 < lr < math.inf:
+            raise UserError(f"--lr {lr} is not positive and finite")
         run = RunConfig(
             name="",
             arch=arch,
@@ -131,16 +139,16 @@ def make_runs(lists: Lists, schedule: Schedule, scale: Scale) -> list[RunConfig]
             **dataclasses.asdict(schedule),
         )
         recipe = recipe_of(run)
-        penalties_of(run, recipe)
+        _try_penalties(run, recipe)
         run = dataclasses.replace(run, k=k if recipe.uses_k else 0)
-        run = dataclasses.replace(run, name=_name(run, many_lr=len(lists.lr) > 1))
+        run = dataclasses.replace(run, name=_name(run, masked_variant, many_lr=len(lists.lr) > 1))
         runs[run.name] = run
     return list(runs.values())
 
 
 def _corruption(text: str, match_strength: float | None, scale: Scale) -> tuple[str, float]:
     """A corruption with its strength, and the fraction it was matched to; "none" is none."""
-    if text in ("", "none"):
+    if text in _NO_CORRUPTION:
         return "", 0.0
     matched = 0.0
     if match_strength is not None:
@@ -153,6 +161,18 @@ def _corruption(text: str, match_strength: float | None, scale: Scale) -> tuple[
     return text, matched
 
 
+def _try_penalties(run: RunConfig, recipe: Recipe) -> None:
+    """Raises UserError for a negative coefficient; a penalty may refuse the activation, tried on one latent."""
+    sae, zero = SparseAutoencoder(1, 1, recipe.activation), torch.zeros(1, 1)
+    forward = Forward(f=zero, reconstructions=[zero], smallest=None)
+    view = StepView(sae=sae, x=zero, target=zero, forward=forward, dead=None, sparsity_scale=0.0, k=1)
+    for name, coefficient in penalties_of(run, recipe).items():
+        if coefficient < 0:
+            raise UserError(f"--penalty {name}={coefficient:g} is negative; give a coefficient of 0 or more")
+        if coefficient:
+            getattr(find("penalties", name), name)(view)
+
+
 def _penalty_sets(texts: Iterable[str]) -> list[tuple[str, ...]]:
     """`l1=0.01, l1=0.02, auxk=0` -> the coefficients of a name are alternatives, different names go together."""
     by_name: dict[str, list[str]] = {}
@@ -162,17 +182,18 @@ def _penalty_sets(texts: Iterable[str]) -> list[tuple[str, ...]]:
     return list(product(*by_name.values()))
 
 
-def _name(run: RunConfig, *, many_lr: bool) -> str:
+def _name(run: RunConfig, variant: str, *, many_lr: bool) -> str:
     corrupt = run.corrupt.replace("=", "")
     if run.matched_fraction:
-        corrupt = f"{run.corrupt.partition('=')[0]}_matched{run.matched_fraction:g}"
+        to = "" if variant == DataConfig.masked_variant else f"_{variant}"
+        corrupt = f"{run.corrupt.partition('=')[0]}_matched{to}{run.matched_fraction:g}"
     parts = [
         run.arch,
         f"d{run.d_sae}",
         f"k{run.k}" if run.k else "",
         *(text.replace("=", "") for text in run.penalties),
         f"lr{run.lr:g}" if many_lr else "",
-        f"masked{run.masked_fraction:g}" if run.masked_fraction else "",
+        f"{variant}{run.masked_fraction:g}" if run.masked_fraction else "",
         corrupt,
         f"seed{run.seed}",
     ]

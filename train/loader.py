@@ -88,7 +88,9 @@ class MixedBatchLoader:
         _check_options(data)
         self.cache, self.data, self.device = cache, data, torch.device(device)
         self.hook = cache.hook(data.hook)
-        if with_masked or data.positions != "all":
+        if data.masked_variant == "clean":
+            raise UserError("--masked-variant clean is the unmasked one; name another, or ask for no masked rows")
+        if with_masked or data.positions != "all" or data.masked_variant != DataConfig.masked_variant:
             cache.variant(data.masked_variant)  # refuses one that the cache lacks
         self.with_masked = with_masked
         self.shards = cache.train_shards

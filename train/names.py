@@ -1,6 +1,7 @@
 """A file name is a name: train/architectures/foo.py defines `foo`, and `--arch foo` finds it."""
 
 import importlib
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -22,9 +23,12 @@ def find(folder: str, name: str) -> ModuleType:
 
 
 def parse_setting(text: str, what: str) -> tuple[str, float]:
-    """Read `name=number`. Raises UserError for anything else."""
+    """Read `name=number`. Raises UserError for anything else, NaN and infinity among it."""
     name, _, number = text.partition("=")
     try:
-        return name.strip(), float(number)
+        value = float(number)
     except ValueError:
-        raise UserError(f"'{text}' is not a {what}; write a name and a number, such as {name or 'name'}=0.1") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"'{text}' is not a {what}; write a name and a number, such as {name or 'name'}=0.1")
+    return name.strip(), value

@@ -34,7 +34,7 @@ def print_plan(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: i
     print(f"runs      {len(runs)}")
     width = max(len(run.name) for run in runs)
     for run in runs:
-        print(f"  {run.name:<{width}}  {n_parameters(loader, run):>12,} parameters  {recipe_label(run, data.target)}")
+        print(f"  {run.name:<{width}}  {n_parameters(loader, run):>12,} parameters  {recipe_label(run, data)}")
     sys.stdout.flush()  # before the progress, which goes another way
 
 

@@ -106,6 +106,8 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{folder / FACTS} is not JSON ({error}); move {folder} away and train it again") from None
     if not isinstance(facts, dict):
         raise UserError(f"{folder / FACTS} is not a JSON object; move {folder} away and train it again")
+    if "status" not in facts:
+        raise UserError(f"{folder / FACTS} has no status; move {folder} away and train it again")
     return facts
 
 
@@ -148,6 +150,8 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoe
 def check_out(out: Path) -> None:
     """Raises UserError if `out` is a file, or holds things and no run: a run's folder would get lost among them."""
     if not out.exists():
+        if above := next((folder for folder in out.parents if folder.exists() and not folder.is_dir()), None):
+            raise UserError(f"--out {out} lies under {above}, which is a file; name a folder for the runs")
         return
     if not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder for the runs")

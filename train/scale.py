@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cache_spec.errors import UserError
-from train.config import RunConfig
+from train.config import DataConfig, RunConfig
 from train.names import find, parse_setting
 
 
@@ -42,12 +42,14 @@ def matched_corruption(text: str, fraction: float, scale: Scale) -> str:
     return f"{text}={strength:.6g}"
 
 
-def recipe_label(config: RunConfig, target: str) -> str:
-    """What a person calls it: "unmasked", "masked 0.5", "gaussian 0.41 (matched 0.5)"."""
-    parts = [f"masked {config.masked_fraction:g}"] if config.masked_fraction else []
+def recipe_label(config: RunConfig, data: DataConfig) -> str:
+    """What a person calls it: "unmasked", "masked 0.5", "random 0.5" (the variant), "gaussian 0.41 (matched 0.5)"."""
+    variant = data.masked_variant
+    parts = [f"{variant} {config.masked_fraction:g}"] if config.masked_fraction else []
     if config.corrupt:
         name, strength = parse_setting(config.corrupt, "corruption")
-        matched = f" (matched {config.matched_fraction:g})" if config.matched_fraction else ""
+        to = "" if variant == DataConfig.masked_variant else f"{variant} "
+        matched = f" (matched {to}{config.matched_fraction:g})" if config.matched_fraction else ""
         parts.append(f"{name} {strength:.3g}{matched}")
-    parts += [f"{target} target"] if target != "self" and parts else []
+    parts += [f"{data.target} target"] if data.target != "self" and parts else []
     return ", ".join(parts) or "unmasked"

@@ -78,17 +78,12 @@ def train_sweep(
         if entry.facts["status"] == COMPLETE:
             remove_checkpoint(entry.folder)  # a kill may have come before this
     waiting = [entry for entry in entries if entry.facts["status"] != COMPLETE]
-    rows = held_out_rows(loader) if waiting else None  # before training: it finds damage early
-    for entry in waiting:
-        _start(entry, loader, chosen)
     if waiting:
+        rows = held_out_rows(loader)  # before training: it finds damage early
+        for entry in waiting:
+            _start(entry, loader, chosen)
         _train(loader, waiting, checkpoint_every, min(len(configs), n_threads), n_threads)
-    for entry in waiting:
-        entry.facts |= measure_held_out(entry.training, rows)
-        entry.facts["tokens_seen"] = loader.n_steps * loader.data.batch_size
-        finish_run(entry.folder, entry.training.sae, entry.facts)
-        entry.facts["status"] = COMPLETE
-        remove_checkpoint(entry.folder)
+        _finish(loader, waiting, rows)
     return [entry.facts for entry in entries]
 
 
@@ -140,9 +135,11 @@ def _train(
         for entry in new:
             entry.training.start_at(start)
     first = min(entry.training.n_done for entry in entries)
+    if first == loader.n_steps:  # stopped after the last step
+        return
     with_masked = any(entry.config.masked_fraction for entry in entries)
     progress = Progress(f"training {len(entries)} SAEs", loader.n_steps - first, "steps")
-    with _workers(n_workers, max(1, n_threads // n_workers)) as pool, progress:
+    with _workers(n_workers, max(1, n_threads // n_workers)) as pool, progress, _kept_at_ctrl_c(entries, pool):
         rows = loader.read(first, with_masked=with_masked)
         for step in range(first, loader.n_steps):
             _announce_epoch(loader, step)
@@ -158,6 +155,37 @@ def _train(
             for future in futures:
                 future.result()
             progress.advance(note=_note(entries) if step % 50 == 0 else "")
+
+
+def _finish(loader: MixedBatchLoader, entries: list[_Entry], rows: Tensor | None) -> None:
+    """Measure and write every run; all have a checkpoint first, so a full disk at one costs the others nothing."""
+    with _kept_at_ctrl_c(entries):
+        for entry in entries:
+            save_checkpoint(entry.folder, entry.training)
+        for entry in entries:
+            entry.facts |= measure_held_out(entry.training, rows)
+            entry.facts["tokens_seen"] = loader.n_steps * loader.data.batch_size
+            finish_run(entry.folder, entry.training.sae, entry.facts)
+            entry.facts["status"] = COMPLETE
+            remove_checkpoint(entry.folder)
+
+
+@contextmanager
+def _kept_at_ctrl_c(entries: list[_Entry], pool: ThreadPoolExecutor | None = None) -> Iterator[None]:
+    """At Ctrl-C write a checkpoint of every unfinished run, and say how to go on. A second Ctrl-C stops at once."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if pool is not None:
+            pool.shutdown()  # a step that is half done is no state to keep
+        unfinished = [entry for entry in entries if entry.facts["status"] != COMPLETE]
+        for entry in unfinished:
+            if entry.training.n_done:
+                save_checkpoint(entry.folder, entry.training)
+        if not unfinished:
+            raise
+        step = min(entry.training.n_done for entry in unfinished)
+        raise KeyboardInterrupt(f"add --resume to go on from step {step:,}") from interrupt
 
 
 @contextmanager

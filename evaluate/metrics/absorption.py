@@ -17,12 +17,14 @@ MIN_SHARE = 0.4
 MAX_ABSORBERS = 3
 MIN_WITHOUT_CHILD = 20  # tokens of a parent without a child, for the recall gap
 FAMILIES = ("same_token", "two_token", "cross_token")
+WITHOUT_CHILD = ("cross_token",)  # families whose parent also occurs without a child: a topic before its hero is named
 _QUANTITIES = {
     "full_absorption": "the parent's latents are all off and one aligned latent carries at least 40 % of it",
     "absorption_fraction": "share of the parent's direction carried by up to three other latents",
     "silent": "the parent's latents are all off although it is there: the size of the recall hole",
     "recall_gap": "P(parent's latents off | parent with a child) - P(off | parent without one)",
 }
+_SHORT = {"full_absorption": "abs", "recall_gap": "gap"}
 
 
 def _columns() -> dict[str, Column]:
@@ -35,13 +37,19 @@ def _columns() -> dict[str, Column]:
         ),
         "mean_num_split_features": Column(meaning="latents that stand for one parent, mean over parents"),
     }
+    for family in FAMILIES:
+        columns[f"main_latent_f1_{family}"] = Column(
+            meaning=f"{family.replace('_', ' ')}: F1 of a probe on a parent's latents, fit text, mean over parents",
+            better="higher",
+            oracle_is_best=True,
+        )
     for quantity, words in _QUANTITIES.items():
-        for family in FAMILIES:
+        for family in WITHOUT_CHILD if quantity == "recall_gap" else FAMILIES:
             columns[f"{quantity}_{family}"] = Column(
                 meaning=f"{family.replace('_', ' ')}: {words}",
                 better="lower",
                 oracle_is_best=True,
-                short=f"abs {family.split('_')[0]}" if quantity == "full_absorption" else "",
+                short=f"{_SHORT[quantity]} {family.split('_')[0]}" if quantity in _SHORT else "",
                 terminal=quantity == "full_absorption",
             )
     return columns
@@ -61,16 +69,20 @@ def absorption(subject: Subject) -> dict[str, float]:
     (x - b_dec).w > 0. fraction: the three largest others with cosine >= 0.1, if together >= 40 % of the projection,
     absorb A = min(theirs, what the main ones leave) of A + main. silent: all main latents are 0.
     Rates are means over tokens of a child, then over children, then over parents. recall_gap per parent is the mean
-    over children of P(silent) minus P(silent) where the parent is on without a child, over parents that occur so.
+    over children of P(silent) minus P(silent) where the parent is on without a child, in the families where it occurs
+    so: of the embedded language's, cross_token alone.
+    main_latent_f1 is the mean over parents of the F1, on fit text, of a logistic probe on their main latents. One
+    latent is always main, however badly it fits, as in SAEBench, whose protocol has no bar: a low F1 (a latent of one
+    noun, say) means splitting or absence rather than absorption, though much absorption lowers it too.
     """
     language = subject.bench.language
     assert language is not None
     found: dict[str, dict[str, float]] = {}
     n_main: list[int] = []
     for parents in language.parents:
-        main = parent_latents(subject, parents)
+        main, f1 = _main_latents(subject, parents)
         n_main += [len(latents) for latents in main]
-        found[parents.relation.family] = _relation(subject, parents, main)
+        found[parents.relation.family] = {"main_latent_f1": float(f1.mean()), **_relation(subject, parents, main)}
     values = {f"{quantity}_{family}": value for family, rates in found.items() for quantity, value in rates.items()}
     if found:
         values["mean_full_absorption_score"] = float(np.mean([rates["full_absorption"] for rates in found.values()]))
@@ -83,12 +95,16 @@ def absorption(subject: Subject) -> dict[str, float]:
 
 def parent_latents(subject: Subject, parents: Parents) -> list[np.ndarray]:
     """The main latents of every parent of a relation, chosen on the fit text."""
+    return _main_latents(subject, parents)[0]
+
+
+def _main_latents(subject: Subject, parents: Parents) -> tuple[list[np.ndarray], np.ndarray]:
     latents = subject.latents("fit")
     return main_latents(latents[to_labels(parents.fit.rows, latents)], to_labels(parents.fit.labels, latents))
 
 
 def _relation(subject: Subject, parents: Parents, main: list[np.ndarray]) -> dict[str, float]:
-    """The four rates, type-weighted over children and then over parents."""
+    """The rates, type-weighted over children and then over parents."""
     per_parent: dict[str, list[float]] = {quantity: [] for quantity in _QUANTITIES}
     for i, latents in enumerate(main):
         tokens = tokens_of_parent(subject, parents, i, latents)
@@ -101,7 +117,7 @@ def _relation(subject: Subject, parents: Parents, main: list[np.ndarray]) -> dic
         }
         for name, rates in by_child.items():
             per_parent[name].append(float(rates.mean()))
-        if without.sum() >= MIN_WITHOUT_CHILD:
+        if parents.relation.family in WITHOUT_CHILD and without.sum() >= MIN_WITHOUT_CHILD:
             per_parent["recall_gap"].append(float(by_child["silent"].mean() - tokens.silent[without].mean()))
     return {quantity: float(np.mean(values)) for quantity, values in per_parent.items() if values}
 

@@ -19,7 +19,7 @@ COLUMNS = {
         terminal=True,
     ),
     "uniqueness": Column(
-        meaning="different ground-truth features that are some latent's best match, as a share of what is possible",
+        meaning="different ground-truth features that are some latent's best match, as a share of all features",
         better="higher",
         oracle_is_best=True,
     ),
@@ -35,10 +35,10 @@ def recovery(subject: Subject) -> dict[str, float]:
     """MCC, uniqueness and F1 against the binary ground-truth features, on an even sample of test tokens.
 
     mcc: mean |Pearson| of latents and features under the Hungarian one-to-one matching that maximises it, over
-    min(d_sae, n_features) pairs; a dead latent counts as correlation 0, so dead latents cost. (sae_lens.synthetic takes
-    |cos| of directions; labels are what we have.) uniqueness: distinct best-matching features of the living latents
-    / min(d_sae, n_features). f1: "latent is on" as a predictor of "feature is on". Features that never occur do not
-    count.
+    all features: one without a latent counts 0, so dead latents cost and dictionaries of different size compare.
+    (sae_lens.synthetic takes |cos| of directions and divides by the pairs; labels are what we have.) uniqueness:
+    distinct best-matching features of the living latents / n_features. f1: "latent is on" as a predictor of "feature is
+    on". Features that never occur do not count.
     """
     language = subject.bench.language
     assert language is not None
@@ -50,12 +50,12 @@ def recovery(subject: Subject) -> dict[str, float]:
     features = features[:, varied]
 
     correlation = _correlation(latents, features).abs().cpu().numpy()
-    n_pairs = min(correlation.shape)
+    n_features = correlation.shape[1]
     matched = linear_sum_assignment(correlation, maximize=True)
     alive = (latents != 0).any(0).cpu().numpy()
     return {
-        "mcc": float(correlation[matched].sum() / n_pairs),
-        "uniqueness": len(np.unique(correlation[alive].argmax(1))) / n_pairs,
+        "mcc": float(correlation[matched].sum() / n_features),
+        "uniqueness": len(np.unique(correlation[alive].argmax(1))) / n_features,
         "f1": float(_best_f1(latents, features).mean()),
     }
 

@@ -44,7 +44,8 @@ class Corpus:
 class Relation:
     """A parent and its children: each value of `child` belongs to exactly one value of `parent`.
 
-    At `positions` the parent is always defined; the child may be -1, so that the parent also occurs without it.
+    At `positions` the parent is always defined. In the cross-token family the child may be -1, so that the parent
+    also occurs without it; in the other two every token has both.
     """
 
     family: str
