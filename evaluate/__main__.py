@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cache_spec.command import run_command
+from evaluate.names import available
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -17,7 +18,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def evaluate(
     runs: Annotated[Path, typer.Argument(help="The folder that python -m train wrote with --out, or one run.")],
     metrics: Annotated[
-        str, typer.Option(help="Comma separated: core, absorption, recovery, probing, ood. Default: all of them.")
+        str, typer.Option(help=f"Comma separated: {', '.join(available())}. Default: all of them.")
     ] = "",
     cache: Annotated[
         Path | None, typer.Option(help="Where the runs' cache is now, if it was moved; default: where run.json says.")

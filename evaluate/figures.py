@@ -91,7 +91,7 @@ def forest(
         scale = Scale.around([-reach, reach])
         strips = tuple(
             Strip(
-                label=named[row.recipe],
+                label=named[row.recipe] + ("" if row.baseline.is_plain else f" minus {row.baseline.name}"),
                 colour=hue[row.recipe],
                 mean=scale.place(row.mean),
                 span=None if math.isnan(row.low) else (scale.place(row.low), scale.place(row.high)),

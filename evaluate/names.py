@@ -7,10 +7,13 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cache_spec.errors import UserError
 from evaluate.columns import Column
-from evaluate.subject import Subject
+
+if TYPE_CHECKING:  # importing it takes torch, and --help lists the metrics
+    from evaluate.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class Metric:
     """A named function of a subject, and what its numbers mean."""
 
     name: str
-    measure: Callable[[Subject], dict[str, float]]
+    measure: Callable[["Subject"], dict[str, float]]
     columns: Mapping[str, Column]
     needs_language: bool
 

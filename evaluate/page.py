@@ -46,7 +46,7 @@ def render(
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        sentence=wording.sentence(differences),
+        sentence=wording.sentence(differences, unreliable),
         multiplicity=wording.multiplicity(differences) if differences else "",
         missing=measured.missing,
         cautions=wording.cautions(unreliable, columns),

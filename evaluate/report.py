@@ -125,6 +125,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
         "mean": _number(difference.mean),
         "interval_95": [_number(difference.low), _number(difference.high)],
         "n_pairs": difference.n,
+        "l0_change": _number(difference.l0_change),
         "p": _number(difference.p),
         "significant_after_holm": difference.holm,
         "verdict": difference.verdict,

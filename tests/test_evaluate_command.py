@@ -19,6 +19,7 @@ from cache_spec.hook_point import HookPoint
 from evaluate import bench, measuring
 from evaluate.__main__ import app
 from evaluate.command import choose_metrics, run
+from evaluate.names import available
 from evaluate.runs import RunsIncomplete, find_runs, open_cache
 from harvest import embedded
 from harvest.__main__ import app as harvest
@@ -108,15 +109,28 @@ def test_a_rerun_measures_again_and_gives_the_same(runs):
 def test_one_run_alone_can_be_measured(runs):
     one = next(runs.glob("*unmasked_seed0"))
     evaluate(one, metrics="core")
-    assert json.loads((one / "report.json").read_text())["runs"][0]["run"] == one.name
+    mine = json.loads((one / "report.json").read_text())
+    assert mine["run"] == one.name  # its own report, not the one over all runs
     assert (one / "report.html").exists()
+    evaluate(one, metrics="core", out=one.parent)
+    assert json.loads((one.parent / "report.json").read_text())["runs"][0]["run"] == one.name
+
+
+def test_an_out_that_is_or_is_under_a_file_is_said_before_measuring(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="is a file"):
+            evaluate(runs, metrics="core", out=out)
+    assert not list(runs.glob("*/report.json"))
 
 
 def test_an_unfinished_run_is_left_out_aloud(runs, capsys):
     half = next(runs.glob("*masked_0.5_seed1"))
     facts = json.loads((half / "run.json").read_text())
     (half / "run.json").write_text(json.dumps({**facts, "status": "training"}))
-    evaluate(runs, metrics="core")
+    with pytest.raises(RunsIncomplete, match="1 of 4 runs") as caught:
+        evaluate(runs, metrics="core")
+    assert caught.value.exit_code == 1
     assert f"left out {half.name}" in capsys.readouterr().out
     report = json.loads((runs / "report.json").read_text())
     assert half.name not in {r["run"] for r in report["runs"]}
@@ -240,6 +254,8 @@ def test_help_explains_every_option():
     text = CliRunner().invoke(app, ["--help"]).output
     for option in ("--metrics", "--cache", "--device", "--out", "--seed"):
         assert option in text
+    for metric in available():
+        assert metric in text
 
 
 def test_a_local_model_gets_loss_columns_from_the_caches_held_out_windows(tmp_path, capsys):

@@ -259,3 +259,23 @@ def test_one_untrained_sae_may_stand_for_several_architectures():
     assert "untrained batchtopk" in unreliable(rows, COLUMNS)["score"]
     rows = results(recipe(), [0.8]) + results(recipe(RANDOM, kind=RANDOM, arch="topk, matryoshka"), [0.9])
     assert unreliable(rows, COLUMNS) == {}
+
+
+def test_the_verdict_names_noise_families_sizes_faults_and_an_l0_that_is_not_matched():
+    noise = recipe("gaussian 0.45 (matched 0.5)")
+    columns = [f"full_absorption_{family}" for family in ("cross_token", "same_token", "two_token")]
+    rows = []
+    for of, shift in ((recipe(), 0.0), (recipe("masked 0.5"), -0.3), (noise, -0.2)):
+        for seed in range(3):
+            values = dict.fromkeys(columns, 0.8 + shift + 0.1 * seed) | {"l0": 6.0 if of == recipe() else 6.6}
+            rows.append(Result(run="", recipe=of, seed=seed, values=values))
+    rows += [replace(row, recipe=replace(row.recipe, d_sae=128)) for row in rows if row.recipe != noise]
+    text = wording.sentence(differences(rows, columns), {columns[0]: "a control wins"})
+    assert "of batchtopk 512 latents by −0.300" in text
+    assert "of batchtopk 128 latents by −0.300" in text
+    assert "L0 not matched, +10 %" in text
+    assert "Noise of matched strength ('gaussian 0.45 (matched 0.5)') changed it of batchtopk by −0.200" in text
+    assert "'masked 0.5' minus noise: batchtopk −0.100 (95 % interval" in text
+    assert "ame-token absorption: batchtopk 512 latents −0.300 (lower)" in text
+    assert "two-token absorption: " in text
+    assert text.endswith("Cross-token absorption is unreliable alone here: a control wins.")
