@@ -25,10 +25,12 @@ from cache_spec.layout import (
     column_types,
     shard_files,
 )
+from cache_spec.moments import Moments
 from cache_spec.plan import HookPlan, Plan, VariantPlan
 from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
 from cache_spec.state import committed_shards
+from cache_spec.transcode import transcode
 from cache_spec.verify import Problem, verify_cache
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "DiskFull",
     "HookPlan",
     "HookPoint",
+    "Moments",
     "Plan",
     "Problem",
     "Progress",
@@ -60,6 +63,7 @@ __all__ = [
     "finalize_cache",
     "run_command",
     "shard_files",
+    "transcode",
     "verify_cache",
     "write_shard",
 ]

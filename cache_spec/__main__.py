@@ -9,6 +9,8 @@ from cache_spec.cache import ActivationCache
 from cache_spec.command import run_command
 from cache_spec.info import bytes_for_people, describe
 from cache_spec.progress import Progress
+from cache_spec.transcode import bytes_to_read
+from cache_spec.transcode import transcode as transcode_cache
 from cache_spec.verify import bytes_to_check, raise_if_not_whole, verify_cache
 
 app = typer.Typer(
@@ -36,6 +38,19 @@ def verify(cache: CacheFolder) -> None:
         print(f"{problem.kind}: {problem.file} {problem.what}")
     raise_if_not_whole(cache, problems)
     print(f"{cache} is whole: {bytes_for_people(n_bytes)}, every checksum matches")
+
+
+@app.command()
+def transcode(
+    cache: CacheFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an unfinished one is gone on with.")],
+    level: Annotated[int, typer.Option(help="Compression, 1 (fast) to 9 (small).")] = 5,
+) -> None:
+    """Write a compressed archive of a cache, or from an archive the cache again, to the bit as it was."""
+    with Progress(f"transcode {cache.name}", bytes_to_read(cache), "bytes") as progress:
+        n_before, n_after = transcode_cache(cache, out, level=level, advance=progress.advance)
+    before, after = bytes_for_people(n_before), bytes_for_people(n_after)
+    print(f"{out} is whole: {after} from {before}, {n_before / n_after:.2f} to 1; every checksum matched")
 
 
 if __name__ == "__main__":

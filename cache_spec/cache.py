@@ -1,6 +1,6 @@
 """Reading a cache: open it, check that it is whole, hand out arrays. Nothing is decoded or copied on the way."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,22 @@ import numpy as np
 from cache_spec.errors import CacheDamaged, CacheError, CacheIncomplete, UserError
 from cache_spec.files import crc32c
 from cache_spec.hook_point import HookPoint
-from cache_spec.layout import ACTIVATION, COMPLETE, HARVESTING, activation_file, column_file, column_types, record_file
+from cache_spec.layout import (
+    ACTIVATION,
+    COMPLETE,
+    HARVESTING,
+    MOMENT,
+    MOMENTS,
+    activation_file,
+    archive_level,
+    column_file,
+    column_types,
+    moment_file,
+    record_file,
+)
+from cache_spec.moments import Moments, merge
 from cache_spec.plan import HookPlan, Plan, VariantPlan
-from cache_spec.state import read_plan, read_records, read_root
+from cache_spec.state import check_documents, read_plan, read_records, read_root
 from cache_spec.verify import activation_fault
 
 
@@ -49,6 +62,7 @@ class ActivationCache:
             raise CacheDamaged(
                 f"{root} was complete and has lost {record_file(lost)}; run the same harvest to make the shard again"
             )
+        check_documents(root, plan, attributes, records)
         if status != COMPLETE and not allow_partial:
             raise CacheIncomplete(_incomplete(root, status, len(records), plan.n_shards))
         return cls(
@@ -70,6 +84,11 @@ class ActivationCache:
     def held_out_shards(self) -> tuple[int, ...]:
         """The committed shards whose rows come from documents never trained on."""
         return tuple(shard for shard in self.shards if self.plan.split_of(shard) == "held_out")
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether its activations are compressed, so that they cannot be mapped."""
+        return archive_level(dict(self.attributes)) > 0
 
     def rows_in(self, shard: int) -> int:
         """Rows of one shard."""
@@ -105,6 +124,11 @@ class ActivationCache:
         """
         hook = self.hook(hook_name)
         file = activation_file(hook.name, self.variant(variant).name, self._committed(shard))
+        if self.is_archive:
+            raise CacheError(
+                f"{self.path} is a compressed archive; make a cache to work with of it: "
+                f"`python -m cache_spec transcode {self.path} NEW_FOLDER`"
+            )
         if self.check and file not in self._checked:
             self._check_activations(file, hook, shard)
             self._checked.add(file)  # two threads at once check twice, which is harmless
@@ -121,6 +145,30 @@ class ActivationCache:
         if [f"{crc32c(padded):08x}"] != self.records[shard]["files"][file]["crc32c"]:
             raise CacheDamaged(f"{self.path / file} does not match its recorded checksum; {self._remedy(shard)}")
         return padded[: self.plan.rows_in(shard)]
+
+    def moments(self, hook_name: str, variant: str, shards: Sequence[int] | None = None) -> Moments:
+        """Mean and m2 of the ordinary rows (no BOS, other special token or padding), as they are in the model.
+
+        Of all committed shards, or of those given; no activation is read. Raises CacheError for a cache of format
+        1.0, which has none, and CacheDamaged for a file that was changed.
+        """
+        hook, name = self.hook(hook_name), self.variant(variant).name
+        if not self.plan.has_moments:
+            raise CacheError(f"{self.path} is of format 1.0, which has no moments; harvest it again")
+        parts = []
+        for shard in self.shards if shards is None else shards:
+            mean, m2 = (self._moment(hook, name, moment, self._committed(shard)) for moment in MOMENTS)
+            parts.append(Moments(n=self.records[shard]["moment_rows"], mean=mean, m2=m2))
+        stored = merge(parts, hook.d_model)
+        scale = hook.scale_factor
+        return Moments(n=stored.n, mean=stored.mean * scale, m2=stored.m2 * scale**2)
+
+    def _moment(self, hook: HookPlan, variant: str, moment: str, shard: int) -> np.ndarray:
+        file = moment_file(hook.name, variant, moment, shard)
+        values = np.fromfile(self.path / file, MOMENT, count=hook.d_model)
+        if [f"{crc32c(values):08x}"] != self.records[shard]["files"][file]["crc32c"]:
+            raise CacheDamaged(f"{self.path / file} does not match its recorded checksum; {self._remedy(shard)}")
+        return values
 
     def read(self, hook_name: str, variant: str, rows: np.ndarray) -> np.ndarray:
         """Copy global rows, in any order and with repeats: [n] -> fp16 [n, d_model]."""

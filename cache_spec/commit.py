@@ -1,8 +1,5 @@
 """Writing one shard: all of its files, then the record that says it is whole."""
 
-import os
-import platform
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,17 +20,23 @@ from cache_spec.files import (
 )
 from cache_spec.layout import (
     ACTIVATION,
+    CHECKSUM_BYTES,
     FP16_MAX,
     LOCK,
-    activation_file,
+    MOMENT,
+    MOMENTS,
     activation_file_bytes,
+    activation_files,
+    checksum_bytes,
     column_file,
     column_fill,
     column_types,
+    moment_file,
+    plain_index,
     record_file,
     shard_files,
-    shard_index,
 )
+from cache_spec.moments import moments_of, ordinary_rows
 from cache_spec.plan import HookPlan, Plan
 from cache_spec.state import read_record
 
@@ -60,45 +63,65 @@ def write_shard(
     _check_arrays(plan, shard, activations, columns)
     if (committed := read_record(root, plan, shard)) is not None:
         return committed
+    ordinary = ordinary_rows(columns["flags"])
     needed = sum(shard_files(plan, shard).values())
     with disk_full_as_error(root, needed, _GO_ON), ExitStack() as stack:
-        partials, files = [], {}
-        for hook in plan.hooks:
-            for variant in plan.variants:
-                file = activation_file(hook.name, variant.name, shard)
-                partials.append(stack.enter_context(Partial(root / file)))
-                files[file] = _write_activations(partials[-1], plan, hook, shard, activations[hook.name, variant.name])
+        writer = ShardWriter(root, stack)
+        for file, (hook, variant) in activation_files(plan, shard).items():
+            rows = activations[hook.name, variant.name]
+            partial = writer.open(file)
+            writer.files[file] = _write_activations(partial, plan, hook, shard, rows)
+            if plan.has_moments:
+                moments = moments_of(rows, ordinary, plan.chunk_rows)
+                for moment, values in zip(MOMENTS, (moments.mean, moments.m2), strict=True):
+                    writer.write_array(moment_file(hook.name, variant.name, moment, shard), values.astype(MOMENT))
         for name, dtype in column_types(plan).items():
-            file = column_file(name, shard)
-            partials.append(stack.enter_context(Partial(root / file)))
-            files[file] = _write_column(partials[-1], plan, dtype, columns[name])
-        for partial in partials:
+            padded = np.full(plan.shard_rows, column_fill(dtype), dtype)
+            padded[: len(columns[name])] = columns[name]
+            writer.write_array(column_file(name, shard), padded)
+        record = {"spec_version": plan.spec_version, "cache_id": plan.cache_id, "shard": shard}
+        record |= {"rows": plan.rows_in(shard)}
+        record |= {"moment_rows": int(ordinary.sum())} if plan.has_moments else {}
+        return writer.commit(plan, {**record, "files": writer.files})
+
+
+class ShardWriter:
+    """The files of one shard, each under a temporary name until all of them are whole and are committed together."""
+
+    def __init__(self, root: Path, stack: ExitStack) -> None:
+        self._root, self._stack = root, stack
+        self._partials: list[Partial] = []
+        self.files: dict[str, Any] = {}  # what the record says of each
+
+    def open(self, file: str) -> Partial:
+        """Begin a file; what is not committed vanishes with the stack."""
+        self._partials.append(self._stack.enter_context(Partial(self._root / file)))
+        return self._partials[-1]
+
+    def write_array(self, file: str, values: np.ndarray) -> None:
+        """A file of one chunk: the values, then their CRC."""
+        partial, checksum = self.open(file), crc32c(values)
+        partial.write(values)
+        partial.write(checksum_bytes(checksum))
+        self.files[file] = {"bytes": values.nbytes + CHECKSUM_BYTES, "crc32c": [f"{checksum:08x}"]}
+
+    def commit(self, plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
+        """Name the files and link the record, alone: no file may be replaced once a record vouches for it.
+
+        Returns the record that the shard has then, which is another's if it came first.
+        """
+        for partial in self._partials:
             partial.sync()
-        return _commit(root, plan, shard, partials, files)
-
-
-def _commit(root: Path, plan: Plan, shard: int, partials: list[Partial], files: dict[str, Any]) -> dict[str, Any]:
-    """Name the files and link the record, alone: no file may be replaced once a record vouches for it."""
-    with exclusive(root / LOCK):
-        if (committed := read_record(root, plan, shard)) is not None:
-            return committed
-        for partial in partials:
-            partial.replace()
-        for folder in _new_folders(partials):
-            sync_folder(folder)
-        record = {
-            "spec_version": plan.spec_version,
-            "cache_id": plan.cache_id,
-            "shard": shard,
-            "rows": plan.rows_in(shard),
-            "files": files,
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        written = write_new_file(root / record_file(shard), readable_json(seal(record)))
-        assert written, "the record appeared while the lock was held"
-    return record
+        with exclusive(self._root / LOCK):
+            if (committed := read_record(self._root, plan, record["shard"])) is not None:
+                return committed
+            for partial in self._partials:
+                partial.replace()
+            for folder in _new_folders(self._partials):
+                sync_folder(folder)
+            written = write_new_file(self._root / record_file(record["shard"]), readable_json(seal(record)))
+            assert written, "the record appeared while the lock was held"
+        return record
 
 
 def _new_folders(partials: list[Partial]) -> list[Path]:
@@ -126,7 +149,7 @@ def _write_activations(partial: Partial, plan: Plan, hook: HookPlan, shard: int,
             f"{n_nonfinite:,} values of {partial.final.parent.parent.parent} in shard {shard} are infinite or NaN, and "
             f"fp16 ends at {FP16_MAX:,.0f}; harvest into a new cache with a scale factor above {hook.scale_factor:g}"
         )
-    partial.write(shard_index(plan, hook, shard))
+    partial.write(plain_index(plan, hook, shard))
     n_bytes = activation_file_bytes(plan, hook, shard)
     return {"bytes": n_bytes, "crc32c": sums, "absmax": absmax, "n_nonfinite": 0, "sum_squares": sum_squares}
 
@@ -138,16 +161,6 @@ def _sum_squares(size: np.ndarray) -> float:
         values = (size[start : start + 2**16].astype("<u4") << 13).view("<f4") * np.float32(2.0**112)
         total += float(np.dot(values, values))
     return total
-
-
-def _write_column(partial: Partial, plan: Plan, dtype: np.dtype, values: np.ndarray) -> dict[str, Any]:
-    """Write one column, padded to a full chunk, then its CRC."""
-    padded = np.full(plan.shard_rows, column_fill(dtype), dtype)
-    padded[: len(values)] = values
-    checksum = crc32c(padded)
-    partial.write(padded)
-    partial.write(checksum.to_bytes(4, "little"))
-    return {"bytes": padded.nbytes + 4, "crc32c": [f"{checksum:08x}"]}
 
 
 def _check_arrays(

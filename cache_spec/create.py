@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from cache_spec.layout import (
     PLAN,
     RECORDS,
     ROOT,
+    archive_level,
     root_document,
     zarr_documents,
 )
@@ -44,17 +44,24 @@ def create_cache(path: str | Path, plan: Plan) -> None:
     Raises CacheConflict if the folder holds another plan or something that is not a cache.
     """
     check_plan(plan)
-    root = Path(path)
+    create_folder(Path(path), plan, _attributes(plan))
+
+
+def create_folder(root: Path, plan: Plan, granary: dict[str, Any]) -> None:
+    """The same with given attributes of the root, which also say whether it is to be an archive."""
+    level = archive_level(granary)
     if (root / PLAN).exists():
         _refuse_other_plan(root, plan)
+        _refuse_other_profile(root, level)
         remove_stale_partials(root)
         return
     _refuse_foreign_files(root, plan)
     (root / RECORDS).mkdir(parents=True, exist_ok=True)
     # The root comes first: it marks a folder whose creation was cut short as ours.
-    write_new_file(root / ROOT, readable_json(root_document(_attributes(plan), None)))
+    write_new_file(root / ROOT, readable_json(root_document(granary, None)))
     _refuse_other_root(root, plan)
-    for name, document in zarr_documents(plan).items():
+    _refuse_other_profile(root, level)
+    for name, document in zarr_documents(plan, level).items():
         write_file(root / name / ROOT, readable_json(document))
     for folder in {root.parent, root, root / INTERNAL, *((root / name).parent for name in zarr_documents(plan))}:
         sync_folder(folder)
@@ -92,7 +99,7 @@ def manifest(plan: Plan, status: str, records: dict[int, dict[str, Any]]) -> dic
 
 
 def _attributes(plan: Plan) -> dict[str, Any]:
-    """What the root says of the cache. Time and software are here, not in the plan: they do not name its content."""
+    """What the root says of the cache. Software is here, not in the plan: it does not name the content."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -105,7 +112,6 @@ def _attributes(plan: Plan) -> dict[str, Any]:
             "cache_id": plan.cache_id,
             "status": HARVESTING,
             "plan": PLAN,
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": versions,
         }
     )
@@ -120,6 +126,13 @@ def _refuse_other_plan(root: Path, plan: Plan) -> None:
     raise CacheConflict(
         f"{root} holds a cache of another plan ({shown}); give the same facts to resume it, or another folder"
     )
+
+
+def _refuse_other_profile(root: Path, level: int) -> None:
+    there = archive_level(read_root(root))
+    if there != level:
+        names = [f"an archive of level {n}" if n else "no archive" for n in (there, level)]
+        raise CacheConflict(f"{root} is {names[0]}, and {names[1]} is to be written; give another folder")
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:

@@ -53,9 +53,12 @@ def check_seal(sealed: Any, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON; raises CacheDamaged if the file is missing or mangled, or holds NaN or infinity."""
+    """Parsed JSON; raises CacheDamaged if the file is missing, cut short or mangled, or holds NaN or infinity."""
     try:
-        return json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):  # the only byte whose loss JSON would not notice
+            raise ValueError("its end is missing")
+        return json.loads(data, parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         raise CacheDamaged(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:

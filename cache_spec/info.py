@@ -1,11 +1,13 @@
 """What a cache holds, in lines for people."""
 
 import re
+import time
 from typing import Any
 
 from cache_spec.cache import ActivationCache
-from cache_spec.layout import activation_array, activation_file, cache_bytes, shard_files
+from cache_spec.layout import PLAN, activation_array, activation_file, cache_bytes, shard_files
 from cache_spec.plan import HookPlan, Plan, VariantPlan
+from cache_spec.state import stored_bytes
 
 
 def describe(cache: ActivationCache) -> str:
@@ -14,7 +16,7 @@ def describe(cache: ActivationCache) -> str:
     rows = [
         (
             "cache",
-            f"{plan.cache_id}, {cache.status}, format {plan.spec_version}, made {cache.attributes['created_at']}",
+            f"{plan.cache_id}, {cache.status}, format {plan.spec_version}, planned {_planned_at(cache)}",
         ),
         ("model", _facts(plan.model)),
         ("tokenizer", _facts(plan.tokenizer)),
@@ -25,6 +27,7 @@ def describe(cache: ActivationCache) -> str:
         ("rows", f"{plan.n_train_rows:,} train + {plan.n_rows - plan.n_train_rows:,} held out, {plan.row_order}"),
         ("shards", f"{len(cache.shards)} of {plan.n_shards} committed, {plan.shard_rows:,} rows each"),
         ("size", _size(cache)),
+        *[("profile", f"archive: compressed, level {cache.attributes['level']}") for _ in range(cache.is_archive)],
         (
             "open with",
             f'ActivationCache.open("{cache.path}"{"" if cache.status == "complete" else ", allow_partial=True"})',
@@ -73,13 +76,20 @@ def _hook(cache: ActivationCache, hook: HookPlan) -> str:
 def _variant(variant: VariantPlan) -> str:
     if variant.kind == "clean":
         return f"{variant.name}: the tokens as they are"
-    by = f"'{variant.mask_string}' (token {variant.mask_token})" if variant.kind == "mask" else "a random token"
-    return f"{variant.name}: each token replaced by {by} with probability {variant.mask_prob:g}"
+    by = f"'{variant.mask_string}' (token {variant.mask_token})" if variant.kind != "random" else "a random token"
+    each = "all tokens of a word" if variant.kind == "mask_word" else "each token"
+    return f"{variant.name}: {each} replaced by {by} with probability {variant.mask_prob:g}"
 
 
 def _size(cache: ActivationCache) -> str:
-    there = sum(sum(shard_files(cache.plan, shard).values()) for shard in cache.shards)
-    planned = cache_bytes(cache.plan)
-    return (
-        bytes_for_people(planned) if there == planned else f"{bytes_for_people(there)} of {bytes_for_people(planned)}"
-    )
+    plan = cache.plan
+    there = sum(sum(stored_bytes(plan, shard, dict(cache.records[shard])).values()) for shard in cache.shards)
+    plain = sum(sum(shard_files(plan, shard).values()) for shard in cache.shards)
+    packed = f", {plain / there:.2f} times less than unpacked" if cache.is_archive else ""
+    planned = cache_bytes(plan)
+    return bytes_for_people(there) + (packed if plain == planned else f" of {bytes_for_people(planned)}")
+
+
+def _planned_at(cache: ActivationCache) -> str:
+    """When the plan was written, by the file system; the cache itself holds no time, so that equal ones are equal."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime((cache.path / PLAN).stat().st_mtime))

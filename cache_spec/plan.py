@@ -7,13 +7,14 @@ import math
 import re
 import types
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cache_spec.errors import CacheDamaged, CacheTooNew, UserError
 from cache_spec.files import canonical_json
 from cache_spec.hook_point import HookPoint
 
-SPEC_VERSION = "1.0"
+SPEC_VERSION = "1.1"
 MAX_COUNT = 2**32 - 1  # document and window numbers are 32 bits, and the largest is the fill value
 MAX_WINDOW_TOKENS = 2**16 - 1  # likewise for positions
 MAX_VARIANTS = 9  # clean and one bit of `mask` for each other
@@ -33,7 +34,10 @@ class HookPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantPlan:
-    """One run of the model over the same tokens: as they are ("clean"), or with some replaced ("mask", "random")."""
+    """One run of the model over the same tokens: as they are ("clean"), or with some replaced.
+
+    `kind` "mask" replaces tokens by the mask token, "mask_word" all tokens of a word, "random" tokens by random ones.
+    """
 
     name: str
     kind: str
@@ -68,6 +72,11 @@ class Plan:
         return -(-self.n_rows // self.shard_rows)
 
     @property
+    def has_moments(self) -> bool:
+        """Whether the cache holds each shard's mean and m2; format 1.0 did not."""
+        return self.spec_version != "1.0"
+
+    @cached_property
     def cache_id(self) -> str:
         """16 hexadecimal digits: the start of the SHA-256 of the plan's canonical JSON."""
         return hashlib.sha256(canonical_json(dataclasses.asdict(self))).hexdigest()[:16]
@@ -216,7 +225,8 @@ def _hook_condition(hook: HookPlan) -> tuple[bool, str]:
 
 
 def _variant_condition(variant: VariantPlan) -> tuple[bool, str]:
-    kinds = ("clean",) if variant.name == "clean" else ("mask", "random")
-    named = re.fullmatch(r"[a-z][a-z0-9_]*", variant.name) is not None
+    kinds = ("clean",) if variant.name == "clean" else ("mask", "mask_word", "random")
+    # a name that ends like a moment could be that of another variant's array
+    named = re.fullmatch(r"[a-z][a-z0-9_]*(?<!_mean)(?<!_m2)", variant.name) is not None
     sound = named and variant.kind in kinds and 0.0 <= variant.mask_prob <= 1.0
     return sound, f"variant '{variant.name}' needs a lower-case name, a kind of {kinds} and a probability from 0 to 1"

@@ -30,10 +30,10 @@ class Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         rate = self._done / max(self._last_line - self._start, 1e-9)
-        left = (self._total - self._done) / rate if rate > 0 else float("nan")
+        left = _clock((self._total - self._done) / rate) if rate > 0 else "unknown"
         note = f", {self._note}" if self._note else ""
         print(
-            f"{self._what}: {self._done:,}/{self._total:,} {self._unit} ({rate:,.1f}/s, {left:,.0f} s left{note})",
+            f"{self._what}: {self._done:,}/{self._total:,} {self._unit} ({rate:,.1f}/s, {left} left{note})",
             file=sys.stderr,
             flush=True,
         )
@@ -46,3 +46,10 @@ class Progress:
             self._bar.close()
         elif self._done:
             self._print_line()
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, m:ss, and hours before them when there are any."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

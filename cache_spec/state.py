@@ -1,21 +1,30 @@
 """What a cache folder says about itself: its plan, its status, and which shards are committed."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cache_spec.errors import CacheDamaged, CacheIncomplete, CacheNotFound
 from cache_spec.files import check_seal, read_json
 from cache_spec.layout import (
+    ARCHIVE,
     COMPLETE,
     HARVESTING,
+    MANIFEST,
     PARTIAL_STATUS,
     PLAN,
     RECORDS,
     ROOT,
+    activation_files,
+    archive_level,
     chunks_in,
+    planner_files,
     record_file,
     shard_files,
+    zarr_documents,
 )
 from cache_spec.plan import Plan, check_version
 
@@ -49,7 +58,7 @@ def is_ours(root: Path) -> bool:
 
 
 def read_root(root: Path) -> dict[str, Any]:
-    """The cache's attributes: spec_version, cache_id, status, plan, created_at, versions."""
+    """The cache's attributes: spec_version, cache_id, status, plan, versions; of an archive also profile and level."""
     path = root / ROOT
     document = read_json(path)
     attributes = document.get("attributes") if isinstance(document, dict) else None
@@ -60,6 +69,9 @@ def read_root(root: Path) -> dict[str, Any]:
     granary = check_seal(granary, path)
     if granary.get("status") not in (HARVESTING, PARTIAL_STATUS, COMPLETE):
         raise CacheDamaged(f"{path} has the unknown status {granary.get('status')!r}")
+    level = granary.get("level")
+    if "profile" in granary and not (granary["profile"] == ARCHIVE and type(level) is int and 1 <= level <= 9):
+        raise CacheDamaged(f"{path} has the unknown profile {granary['profile']!r} of level {level!r}")
     return granary
 
 
@@ -72,12 +84,20 @@ def read_record(root: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = parse_record(root, plan, shard)
-    for file, size in shard_files(plan, shard).items():
-        if not (root / file).is_file():
-            raise CacheDamaged(f"{root / file} is missing; {_repair(path)}")
-        if (found := (root / file).stat().st_size) != size:
+    for file, size in stored_bytes(plan, shard, record).items():
+        try:
+            found = os.stat(f"{root}/{file}").st_size  # there may be a hundred thousand files, and Path is slow
+        except (FileNotFoundError, NotADirectoryError):
+            raise CacheDamaged(f"{root / file} is missing; {_repair(path)}") from None
+        if found != size:
             raise CacheDamaged(f"{root / file} has {found:,} bytes instead of {size:,}; {_repair(path)}")
     return record
+
+
+def stored_bytes(plan: Plan, shard: int, record: dict[str, Any]) -> dict[str, int]:
+    """Every file of a recorded shard and its size as it lies on the disk."""
+    packed = {file: facts["bytes"] for file, facts in record.get(ARCHIVE, {}).items()}
+    return shard_files(plan, shard) | packed
 
 
 def parse_record(root: Path, plan: Plan, shard: int) -> dict[str, Any]:
@@ -101,16 +121,31 @@ def _record_fault(record: dict[str, Any], plan: Plan, shard: int) -> str:
     for key, value in wanted.items():
         if record.get(key) != value:
             return f"has {key} {record.get(key)!r} and this cache wants {value!r}"
-    files, sizes = record.get("files"), shard_files(plan, shard)
-    if not isinstance(files, dict) or set(files) != set(sizes):
+    n_moment_rows = record.get("moment_rows")
+    if plan.has_moments and not (type(n_moment_rows) is int and 0 <= n_moment_rows <= plan.rows_in(shard)):
+        return f"has {n_moment_rows!r} for moment_rows"
+    sizes, activations = shard_files(plan, shard), activation_files(plan, shard)
+    if fault := _files_fault(record.get("files"), plan, shard, set(sizes)):
+        return fault
+    for file, facts in record["files"].items():
+        if facts.get("bytes") != sizes[file]:
+            return f"says {file} has {facts.get('bytes')} bytes and this plan wants {sizes[file]}"
+    if ARCHIVE in record:
+        return _files_fault(record[ARCHIVE], plan, shard, set(activations))
+    return ""
+
+
+def _files_fault(files: Any, plan: Plan, shard: int, wanted: set[str]) -> str:
+    if not isinstance(files, dict) or set(files) != wanted:
         return "does not list the files of this plan"
+    activations = activation_files(plan, shard)
     for file, facts in files.items():
-        n_sums = 1 if file.startswith("rows/") else chunks_in(plan, shard)
+        n_sums = chunks_in(plan, shard) if file in activations else 1
         sums = facts.get("crc32c") if isinstance(facts, dict) else None
         if not isinstance(sums, list) or len(sums) != n_sums or not all(map(_is_sum, sums)):
             return f"has no {n_sums} checksums for {file}"
-        if facts.get("bytes") != sizes[file]:
-            return f"says {file} has {facts.get('bytes')} bytes and this plan wants {sizes[file]}"
+        if type(facts.get("bytes")) is not int:
+            return f"has no size for {file}"
     return ""
 
 
@@ -137,3 +172,24 @@ def read_records(root: Path, plan: Plan) -> dict[int, dict[str, Any]]:
 def committed_shards(path: str | Path, plan: Plan) -> tuple[int, ...]:
     """The shards that are whole, in order: what a resumed harvest need not make again."""
     return tuple(read_records(Path(path), plan))
+
+
+def check_documents(root: Path, plan: Plan, granary: dict[str, Any], records: dict[int, dict[str, Any]]) -> None:
+    """Raises CacheDamaged if a small file of the cache is missing, cut short, or not what the plan and root say.
+
+    The planner's arrays, which are large, are only looked at for their size.
+    """
+    level = archive_level(granary)
+    for name, document in zarr_documents(plan, level).items():
+        if read_json(root / name / ROOT) != document:
+            raise CacheDamaged(f"{root / name / ROOT} does not describe what the plan says; it was changed")
+    for shard, record in records.items():
+        if (ARCHIVE in record) != bool(level):
+            raise CacheDamaged(f"{root / record_file(shard)} is of another profile than {root / ROOT}")
+    if granary["status"] != HARVESTING:
+        check_seal(read_json(root / MANIFEST), root / MANIFEST)
+    for file in planner_files(plan):
+        try:
+            np.load(root / file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise CacheDamaged(f"{root / file} is missing or cut short ({error}); harvest it again") from None

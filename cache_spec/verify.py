@@ -10,27 +10,29 @@ from cache_spec.create import manifest
 from cache_spec.errors import CacheDamaged, CacheIncomplete
 from cache_spec.files import check_seal, crc32c, read_json, readable_json, seal
 from cache_spec.layout import (
+    ARCHIVE,
+    CHECKSUM_BYTES,
     COMPLETE,
     HARVESTING,
-    INTERNAL,
     LOCK,
     MANIFEST,
     PLAN,
     RECORDS,
     ROOT,
-    activation_file,
+    activation_files,
+    archive_level,
     chunk_bytes,
     chunks_in,
-    column_file,
-    column_types,
+    plain_index,
+    planner_files,
     record_file,
     root_document,
     shard_files,
-    shard_index,
     zarr_documents,
 )
+from cache_spec.packing import packed_chunks, unpack
 from cache_spec.plan import HookPlan, Plan
-from cache_spec.state import parse_record, read_plan, read_root, recorded_shards
+from cache_spec.state import parse_record, read_plan, read_root, recorded_shards, stored_bytes
 
 DAMAGED, UNFINISHED, LEFTOVER = "damaged", "unfinished", "leftover"
 Advance = Callable[[int], object]  # told the number of bytes just checked
@@ -59,6 +61,7 @@ def verify_cache(path: str | Path, *, advance: Advance = lambda n_bytes: None) -
     for shard in shards:
         problems += _check_shard(root, plan, shard, records, advance)
     problems += _check_documents(root, plan)
+    problems += _check_profile(root, records)
     problems += _check_status(root, plan, shards, records)
     problems += _check_planner_files(root, plan)
     problems += _find_leftovers(root, plan, shards)
@@ -67,8 +70,15 @@ def verify_cache(path: str | Path, *, advance: Advance = lambda n_bytes: None) -
 
 def bytes_to_check(path: str | Path) -> int:
     """Bytes of all shards that have a record: what `verify_cache` reads. Raises as it does."""
-    plan = read_plan(Path(path))
-    return sum(sum(shard_files(plan, s).values()) for s in recorded_shards(Path(path)) if s < plan.n_shards)
+    root = Path(path)
+    plan = read_plan(root)
+    n_bytes = 0
+    for shard in recorded_shards(root):
+        try:
+            n_bytes += sum(stored_bytes(plan, shard, parse_record(root, plan, shard)).values())
+        except CacheDamaged:
+            continue  # `verify_cache` says so, and does not read the shard
+    return n_bytes
 
 
 def _check_shard(
@@ -87,14 +97,17 @@ def _check_shard(
     records[shard] = record
     if (root / file).read_bytes() != readable_json(seal(record)):
         yield Problem(file, "is not spelled as it was written")
-    for hook in plan.hooks:
-        for variant in plan.variants:
-            file = activation_file(hook.name, variant.name, shard)
-            what = activation_fault(root / file, plan, hook, shard, record["files"][file]["crc32c"], advance)
-            yield from [Problem(file, what)] if what else []
-    for name, dtype in column_types(plan).items():
-        file = column_file(name, shard)
-        what = _column_fault(root / file, plan.shard_rows * dtype.itemsize, record["files"][file]["crc32c"][0], advance)
+    for file, (hook, _) in activation_files(plan, shard).items():
+        sums = record["files"][file]["crc32c"]
+        if ARCHIVE in record:
+            what = packed_fault(root / file, plan, hook, shard, sums, record[ARCHIVE][file]["crc32c"], advance)
+        else:
+            what = activation_fault(root / file, plan, hook, shard, sums, advance)
+        yield from [Problem(file, what)] if what else []
+    for file, facts in record["files"].items():
+        if file in activation_files(plan, shard):
+            continue
+        what = _array_fault(root / file, facts["bytes"] - CHECKSUM_BYTES, facts["crc32c"][0], advance)
         yield from [Problem(file, what)] if what else []
 
 
@@ -104,7 +117,7 @@ def activation_fault(
     """What is wrong with an activation file; empty if nothing. Reads one inner chunk at a time."""
     if not path.is_file():
         return "is missing"
-    size, index = chunk_bytes(plan, hook), shard_index(plan, hook, shard)
+    size, index = chunk_bytes(plan, hook), plain_index(plan, hook, shard)
     with path.open("rb") as file:
         for chunk in range(chunks_in(plan, shard)):
             data = file.read(size)
@@ -117,7 +130,31 @@ def activation_fault(
     return "" if tail == index else "has a wrong index or size"
 
 
-def _column_fault(path: Path, size: int, checksum: str, advance: Advance) -> str:
+def packed_fault(
+    path: Path,
+    plan: Plan,
+    hook: HookPlan,
+    shard: int,
+    sums: list[str],
+    packed_sums: list[str],
+    advance: Advance = lambda n_bytes: None,
+) -> str:
+    """The same for an activation file of an archive, whose inner chunks have checksums packed and unpacked."""
+    if not path.is_file():
+        return "is missing"
+    with path.open("rb") as file:
+        try:
+            for chunk, data in enumerate(packed_chunks(file, plan, shard, packed_sums)):
+                advance(len(data))
+                if f"{crc32c(unpack(data, plan, hook)):08x}" != sums[chunk]:
+                    return f"fails the checksum of its inner chunk {chunk} when it is unpacked"
+        except CacheDamaged as error:
+            return str(error)
+    return ""
+
+
+def _array_fault(path: Path, size: int, checksum: str, advance: Advance) -> str:
+    """What is wrong with a file of one chunk and its CRC: a column's, or one of moments."""
     if not path.is_file():
         return "is missing"
     data = path.read_bytes()
@@ -132,7 +169,7 @@ def _check_documents(root: Path, plan: Plan) -> Iterator[Problem]:
     """The plan and each Zarr document below the root, all of which follow from the plan."""
     if (root / PLAN).read_bytes() != readable_json(plan.to_json()):
         yield Problem(PLAN, "is not spelled as it was written")
-    for name, document in zarr_documents(plan).items():
+    for name, document in zarr_documents(plan, _level(root)).items():
         file = f"{name}/{ROOT}"
         try:
             same = read_json(root / file) == document
@@ -141,6 +178,20 @@ def _check_documents(root: Path, plan: Plan) -> Iterator[Problem]:
             continue
         if not same:
             yield Problem(file, "does not describe what the plan says")
+
+
+def _level(root: Path) -> int:
+    """Of compression; of a root that cannot be read, what is usual, since that is a problem of its own."""
+    try:
+        return archive_level(read_root(root))
+    except CacheDamaged:
+        return 0
+
+
+def _check_profile(root: Path, records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
+    for shard, record in records.items():
+        if (ARCHIVE in record) != bool(_level(root)):
+            yield Problem(record_file(shard), "is not of the profile that the root tells of")
 
 
 def _check_status(root: Path, plan: Plan, shards: list[int], records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
@@ -186,16 +237,10 @@ def _check_planner_files(root: Path, plan: Plan) -> Iterator[Problem]:
                 yield Problem(file, "fails its SHA-256")
 
 
-def planner_files(plan: Plan) -> dict[str, str]:
-    """Arrays that the planner left beside the plan, and the SHA-256 of each file, which is in `source`."""
-    sums = {f"{INTERNAL}/{name}.npy": plan.source.get(f"{name}_sha256") for name in ("windows", "window_docs")}
-    return {file: checksum for file, checksum in sums.items() if isinstance(checksum, str)}
-
-
 def _find_leftovers(root: Path, plan: Plan, shards: list[int]) -> Iterator[Problem]:
     """Files that belong to no committed shard: of a writer at work, or of one that was stopped."""
     known = {ROOT, PLAN, MANIFEST, LOCK, *planner_files(plan), *map(record_file, shards)}
-    known |= {f"{name}/{ROOT}" for name in zarr_documents(plan)}
+    known |= {f"{name}/{ROOT}" for name in zarr_documents(plan)}  # the names do not depend on the profile
     for shard in shards:
         known |= set(shard_files(plan, shard)) if shard < plan.n_shards else set()
     for path in sorted(root.rglob("*")):

@@ -53,11 +53,12 @@ def test_the_python_examples_run_one_after_the_other(path, monkeypatch):
 
 def test_the_commands_run(path):
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 2
+    assert len(lines) == 4
     for line in lines:
-        words = shlex.split(line.replace("example.zarr", str(path)))
+        words = shlex.split(re.sub(r"(\w+)\.zarr", lambda name: str(path.with_name(name[0])), line))
         assert words[0] == "python"
         subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["diff", "-r", path, path.with_name("again.zarr")], check=True)
 
 
 @pytest.mark.parametrize(

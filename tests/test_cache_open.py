@@ -23,6 +23,7 @@ from cache_spec import (
 )
 from cache_spec.files import check_seal, read_json, readable_json, seal
 from cache_spec.layout import record_file
+from cache_spec.plan import SPEC_VERSION
 
 PLAN = make_plan(layers=(1, 3))
 ACTIVATIONS, COLUMN, RECORD = "layer_3/masked/c/1/0", "rows/doc/c/2", record_file(1)
@@ -203,7 +204,7 @@ def rewrite_record(path: Path, change: dict) -> None:
 @pytest.mark.parametrize("file", ["_granary/plan.json", "zarr.json", RECORD])
 def test_a_newer_major_version(path, file):
     text = (path / file).read_text()
-    (path / file).write_text(text.replace('"spec_version": "1.0"', '"spec_version": "2.0"'))
+    (path / file).write_text(text.replace(f'"spec_version": "{SPEC_VERSION}"', '"spec_version": "2.0"'))
     refused(path, CacheTooNew, file, "2.0")
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from cache_spec import Progress
+from cache_spec.progress import _clock
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def test_a_log_gets_a_line_every_few_seconds_and_one_at_the_end(capsys, clock):
             progress.advance()
     found = lines(capsys)
     assert len(found) == 6  # every five seconds of 25, and the end
-    assert found[0].startswith("harvest: 20/100 rows (4.0/s, 20 s left")
-    assert found[-1].startswith("harvest: 100/100 rows (4.0/s, 0 s left")
+    assert found[0].startswith("harvest: 20/100 rows (4.0/s, 0:20 left")
+    assert found[-1].startswith("harvest: 100/100 rows (4.0/s, 0:00 left")
 
 
 def test_the_last_note_is_shown(capsys, clock):
@@ -52,3 +53,8 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     assert "harvest" in text
     assert "100%" in text
     assert "10/10" in text
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (75, "1:15"), (3600, "1:00:00"), (90061.4, "25:01:01")])
+def test_what_is_left_is_told_in_hours_minutes_and_seconds(seconds, shown):
+    assert _clock(seconds) == shown
