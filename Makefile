@@ -15,6 +15,11 @@ LAYERS ?=
 TOKENS ?=
 MASK_PROB ?= 0.3
 MASK_STRING ?= ...
+MASK_UNIT ?=
+RANDOM_PROB ?=
+SHARD ?=
+DEVICE ?=
+DRY_RUN ?=
 CACHE ?= $(shell ls -td caches/*.zarr 2>/dev/null | head -n 1)# the cache harvested last
 ARCH ?= batchtopk
 K ?=
@@ -60,9 +65,11 @@ demo: setup  ## harvest -> train -> evaluate -> report, on the embedded model: m
 	@echo "5/5  evaluate all of them against the known truth"
 	@$(PY) -m evaluate $(DEMO)/runs
 
-harvest: setup  ## MODEL= [DATASET= LAYERS= TOKENS= MASK_PROB= MASK_STRING= OUT=]: run the model, write a cache
+harvest: setup  ## MODEL= [DATASET= LAYERS= TOKENS= MASK_PROB= MASK_STRING= MASK_UNIT= RANDOM_PROB= SHARD= DEVICE= DRY_RUN=1 OUT=]: run the model, write a cache
 	$(PY) -m harvest --model '$(MODEL)' $(if $(DATASET),--dataset '$(DATASET)') $(if $(LAYERS),--layers $(LAYERS)) \
 		$(if $(TOKENS),--tokens $(TOKENS)) --mask-prob $(MASK_PROB) --mask-string '$(MASK_STRING)' \
+		$(if $(MASK_UNIT),--mask-unit $(MASK_UNIT)) $(if $(RANDOM_PROB),--random-prob $(RANDOM_PROB)) \
+		$(if $(SHARD),--shard $(SHARD)) $(if $(DEVICE),--device $(DEVICE)) $(if $(DRY_RUN),--dry-run) \
 		--out '$(or $(OUT),caches/$(notdir $(MODEL)).zarr)'
 
 train: setup  ## ARCH= [CACHE= K= D_SAE= MASKED_FRACTION= SEEDS= TOKENS= OUT=]: train SAEs from a cache
@@ -88,6 +95,7 @@ format: setup  ## let ruff rewrite what it can
 test-compat: setup  ## load a run in SAELens, in an environment of its own (.venv-compat)
 	$(PY) -m benchmarks.saelens_compat
 
-bench: setup  ## from git clone to the report: minutes and peak memory; and the size of the code
+bench: setup  ## size of the code; harvest against the bare model; from git clone to the report
 	$(PY) -m benchmarks.size
+	$(PY) -m benchmarks.harvest
 	$(PY) -m benchmarks.demo

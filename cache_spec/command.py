@@ -65,4 +65,7 @@ def _stopped(end: BaseException) -> str:
 
 def _stop(sentence: str, exit_code: int) -> None:
     print(f"error: {sentence}", file=sys.stderr)
+    # CPython remembers a Ctrl-C that came through an `exec` of text (which every dataclass does when it is made) and
+    # would end by that signal, whatever the exit code. An `exec` that goes well makes it forget.
+    exec("")
     raise SystemExit(exit_code)

@@ -4,7 +4,9 @@ Every draw is keyed by (seed, variant, window), so neither the batch size, nor t
 windows run can change it.
 """
 
+import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -12,6 +14,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from cache_spec.errors import UserError
 from cache_spec.plan import VariantPlan
 from cache_spec.seeds import derive_seed
+from harvest.words import word_starts
+
+_WORDS_TRIED = 2000  # the common ones have low ids
 
 
 def draw_mask(seed: int, variant_name: str, window: int, special: np.ndarray, p: float) -> np.ndarray:
@@ -21,25 +26,14 @@ def draw_mask(seed: int, variant_name: str, window: int, special: np.ndarray, p:
     return (generator.random(len(special)) < p) & ~special
 
 
-def corrupt(
-    variant: VariantPlan, seed: int, windows: np.ndarray, tokens: np.ndarray, special: np.ndarray, ordinary: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The input tokens of one variant and which of them were replaced, both [n, window_tokens].
-
-    `windows` [n] are the windows' numbers in the plan, `tokens` and `special` [n, window_tokens] their clean tokens
-    and which of these are special. `ordinary` are the ids that a "random" variant draws from, evenly.
-    """
-    changed, mask = tokens.copy(), np.zeros(tokens.shape, bool)
-    if variant.kind == "clean":
-        return changed, mask
-    for i, window in enumerate(windows):
-        mask[i] = draw_mask(seed, variant.name, int(window), special[i], variant.mask_prob)
-        if variant.kind == "random":
-            generator = _generator("harvest/random_token", seed, variant.name, int(window))
-            changed[i, mask[i]] = generator.choice(ordinary, size=len(mask[i]))[mask[i]]
-    if variant.kind == "mask":
-        changed[mask] = variant.mask_token
-    return changed, mask
+def draw_word_mask(
+    seed: int, variant_name: str, window: int, special: np.ndarray, starts: np.ndarray, p: float
+) -> np.ndarray:
+    """special, starts [window_tokens] bool -> as `draw_mask`, but whole words are replaced, each with probability p,
+    independently; `starts` are the tokens that start one."""
+    generator = _generator("harvest/mask_word", seed, variant_name, window)
+    draws = generator.random(len(special))  # there are no more words than tokens
+    return (draws[np.cumsum(starts) - 1] < p) & ~special
 
 
 def window_inputs(
@@ -50,10 +44,38 @@ def window_inputs(
     `windows` [n] are the windows' numbers in the plan and `tokens` [n, window_tokens] their clean tokens.
     """
     special = special_tokens(tokenizer, tokens)
-    is_random = any(variant.kind == "random" for variant in variants)
-    ordinary = ordinary_tokens(tokenizer) if is_random else np.empty(0, tokens.dtype)
-    pairs = [corrupt(variant, seed, windows, tokens, special, ordinary) for variant in variants]
-    return np.stack([inputs for inputs, _ in pairs]), np.stack([mask for _, mask in pairs])
+    inputs = np.repeat(tokens[None], len(variants), axis=0)
+    masks = np.zeros(inputs.shape, bool)
+    for variant, changed, mask in zip(variants, inputs, masks, strict=True):
+        name, p = variant.name, variant.mask_prob
+        match variant.kind:
+            case "clean":
+                pass
+            case "mask":
+                mask[:] = [draw_mask(seed, name, int(w), s, p) for w, s in zip(windows, special, strict=True)]
+                changed[mask] = variant.mask_token
+            case "mask_word":
+                starts = word_starts(tokenizer, tokens, special)
+                rows = zip(windows, special, starts, strict=True)
+                mask[:] = [draw_word_mask(seed, name, int(w), s, start, p) for w, s, start in rows]
+                changed[mask] = variant.mask_token
+            case "random":
+                mask[:] = [draw_mask(seed, name, int(w), s, p) for w, s in zip(windows, special, strict=True)]
+                changed[mask] = _random_tokens(seed, name, windows, mask, ordinary_tokens(tokenizer))
+            case _:
+                raise AssertionError(f"no variant is of the kind {variant.kind}")
+    return inputs, masks
+
+
+def _random_tokens(
+    seed: int, variant_name: str, windows: np.ndarray, mask: np.ndarray, ordinary: np.ndarray
+) -> np.ndarray:
+    """mask [n, window_tokens] -> an ordinary id, evenly drawn, for each True of it, in order."""
+    drawn = np.empty(mask.shape, ordinary.dtype)
+    for row, window in zip(drawn, windows, strict=True):
+        generator = _generator("harvest/random_token", seed, variant_name, int(window))
+        row[:] = generator.choice(ordinary, size=len(row))
+    return drawn[mask]
 
 
 def special_tokens(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
@@ -63,7 +85,14 @@ def special_tokens(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
 
 def ordinary_tokens(tokenizer: Tokenizer) -> np.ndarray:
     """The ids of the vocabulary that are not special, in rising order."""
-    return np.setdiff1d(np.asarray(sorted(tokenizer.get_vocab().values())), tokenizer.all_special_ids)
+    return _ordinary(tokenizer, len(tokenizer), tuple(tokenizer.all_special_ids))
+
+
+@lru_cache(maxsize=4)  # a vocabulary takes longer to list than a batch to mask
+def _ordinary(tokenizer: Tokenizer, n_vocab: int, special: tuple[int, ...]) -> np.ndarray:
+    ids = np.asarray(sorted(tokenizer.get_vocab().values()))
+    assert len(ids) <= n_vocab
+    return np.setdiff1d(ids, special)
 
 
 def mask_token(tokenizer: Tokenizer, mask_string: str) -> int:
@@ -73,6 +102,7 @@ def mask_token(tokenizer: Tokenizer, mask_string: str) -> int:
         return ids[0]
     found = "is not in its vocabulary" if not _known(tokenizer, ids, mask_string) else f"is {len(ids)} tokens"
     nearby = [text for text in _similar(tokenizer, mask_string) if _is_one_token(tokenizer, text)]
+    nearby = nearby or _some_words(tokenizer)
     works = f"these are one: {', '.join(map(repr, nearby))}" if nearby else "take any word that is one token"
     raise UserError(
         f"--mask-string {mask_string!r} must be one token for the model's tokenizer, and it {found}; {works}"
@@ -104,3 +134,10 @@ def _similar(tokenizer: Tokenizer, text: str) -> list[str]:
     special = [t for t in (tokenizer.pad_token, tokenizer.eos_token) if isinstance(t, str)]
     candidates = [f" {bare}", *parts, "...", " ...", "…", "..", ".", "_", *special]
     return [candidate for candidate in dict.fromkeys(candidates) if candidate.strip() and candidate != text][:12]
+
+
+def _some_words(tokenizer: Tokenizer) -> list[str]:
+    """A few words of the vocabulary that are one token."""
+    ids = ordinary_tokens(tokenizer)[:_WORDS_TRIED]
+    words = tokenizer.batch_decode([[i] for i in ids.tolist()])
+    return list(itertools.islice((w for w in words if w.strip().isalnum() and _is_one_token(tokenizer, w)), 5))

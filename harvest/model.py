@@ -1,176 +1,108 @@
 """The model: loaded from a short name, a hub id or a folder, and read or changed at its hook points.
 
-Adding a family of models is one row of FAMILIES; adding a short name is one row of SHORT_NAMES.
+Where the parts of a family are is told in harvest/architecture.py, what a name leads to in harvest/locate.py.
 """
 
 import contextlib
-import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from torch import Tensor, nn
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
-from harvest import embedded
+from harvest.architecture import FAMILIES, LoadedModel, find_places, hf_name
+from harvest.locate import SHORT_NAMES, ShortName, defaults, lasting_name, locate
+from harvest.probe import proven_places
+from harvest.reader import add_hook, move, open_reader, release_rest
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Where a family of models keeps what is hooked; paths from the whole model, then from one layer.
-
-    `attn_out` and `mlp_out` are the modules whose output is added to the residual stream. `attention` names the
-    implementation if the default of transformers cannot be trusted.
-    """
-
-    layers: str
-    attn_out: str
-    mlp_out: str
-    attention: str | None = None
-
-
-_LLAMA = Family(layers="model.layers", attn_out="self_attn", mlp_out="mlp")
-
-FAMILIES = {  # by the `model_type` in a model's config.json
-    "gpt_neox": Family(layers="gpt_neox.layers", attn_out="attention", mlp_out="mlp"),
-    "gpt2": Family(layers="transformer.h", attn_out="attn", mlp_out="mlp"),
-    "gemma2": Family(layers="model.layers", attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"),
-    "llama": _LLAMA,
-    "qwen3": _LLAMA,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShortName:
-    """A model people ask for often: its hub id or folder, and what to harvest when nothing else is said."""
-
-    source: str
-    layers: str
-    dtype: str = "auto"
-    dataset: str = "monology/pile-uncopyrighted"
-    window_tokens: int = 1024
-
-
-SHORT_NAMES = {
-    "tiny": ShortName(
-        source=str(embedded.FOLDER),
-        layers=str(embedded.HOOK_POINT),
-        dataset="embedded",
-        window_tokens=embedded.WINDOW_TOKENS,
-    ),
-    "pythia-70m": ShortName(source="EleutherAI/pythia-70m-deduped", layers="3"),
-    "pythia-160m": ShortName(source="EleutherAI/pythia-160m-deduped", layers="8"),
-    "gpt2": ShortName(source="openai-community/gpt2", layers="8"),
-    "gemma-2-2b": ShortName(source="google/gemma-2-2b", layers="12", dtype="bfloat16"),
-}
-
-
-def defaults(name: str) -> ShortName:
-    """What a model's short name stands for; for any other name, no layers."""
-    return SHORT_NAMES.get(name, ShortName(source=name, layers=""))
-
+__all__ = [
+    "FAMILIES",
+    "SHORT_NAMES",
+    "LoadedModel",
+    "ShortName",
+    "activations",
+    "defaults",
+    "hf_name",
+    "load_model",
+    "logits",
+    "release_rest",
+    "spliced_logits",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A causal language model that is ready to run: evaluation mode, no gradients."""
-
-    model: PreTrainedModel
-    tokenizer: Tokenizer
-    name: str  # loads the same model again: a short name, a hub id or the absolute path of a folder
-    revision: str  # the hub's commit, or "sha256:..." over a folder's config and weights
-    family: str
-    n_layers: int
-    d_model: int
-    device: torch.device
-    dtype: torch.dtype
-
-
-def load_model(name: str, *, device: str = "cpu", dtype: str = "auto", weights: bool = True) -> LoadedModel:
-    """Load a model and its tokenizer; code that comes with a model is never run.
+def load_model(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    attention: str = "auto",
+    weights: bool = True,
+    wait: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer; code that comes with a model is never run.
 
     `name` is one of SHORT_NAMES, a hub id (`owner/name`, or `owner/name@revision`) or a folder that
     `save_pretrained` wrote. `dtype` auto is bfloat16 for a checkpoint in bfloat16 and float32 for any other: small
-    models released in float16 lose accuracy when run in it.
+    models released in float16 lose accuracy when run in it. `attention` auto is what transformers chooses for the
+    family, and eager where scores are capped. With `wait` the weights stay on the host until `release_rest` has
+    dropped those that are not needed.
 
-    Raises UserError for a name that leads to no model, a gated model, an unknown architecture, weights that do not
-    fill the model, and a device that is not there.
+    Raises UserError for a name that leads to no model, a gated model, a model that is not causal or whose layers are
+    not found, weights that do not fill the model, and a device, dtype or attention that cannot be had.
     """
-    disable_progress_bar()  # it is about reading a file; the commands show their own progress
-    torch_device = _device(device)
-    source, commit = _locate(name)
-    at_commit = {"revision": commit} if commit else {}
-    config, _ = PreTrainedConfig.get_config_dict(source, **at_commit)
-    family = config.get("model_type", "")
-    if family not in FAMILIES:
-        raise UserError(
-            f"'{name}' is a {family or 'nameless'} model; granary knows the layers of {', '.join(sorted(FAMILIES))} "
-            "(one row in harvest/model.py adds a family)"
-        )
+    logging.disable_progress_bar()  # it is about reading a file; the commands show their own progress
+    torch_device = _device(device) if weights else torch.device("meta")
+    folder, revision = locate(name, weights=weights)
+    config = _read_config(name, folder)
     torch_dtype = _dtype(dtype if dtype != "auto" else defaults(name).dtype, config)
-    torch_device = torch_device if weights else torch.device("meta")
-    model, tokenizer = _load(name, source, at_commit, weights, _build_options(family, torch_dtype))
+    _check_attention(attention, torch_dtype, device)
+    tokenizer = _load_tokenizer(name, folder)
+    build = {"dtype": torch_dtype} | _attention_option(name, folder, attention)
+    model = _load_weights(name, folder, build) if weights else _outline(name, folder, build)
+    if not wait:
+        move(model, torch_device, name)
+    model.eval().requires_grad_(False)
+    family, text = config["model_type"], model.config.get_text_config()
+    places = FAMILIES.get(family)
+    if places is None:
+        places = find_places(model, name)
+        places = proven_places(model, places, name) if weights else places
     return LoadedModel(
-        model=model.to(torch_device).eval().requires_grad_(False),  # pyright: ignore[reportArgumentType]
+        model=model,
         tokenizer=tokenizer,
-        name=_lasting_name(name),
-        revision=commit or _folder_sha256(Path(source)),
+        name=lasting_name(name),
+        revision=revision,
         family=family,
-        n_layers=model.config.num_hidden_layers,
-        d_model=model.config.hidden_size,
+        places=places,
+        n_layers=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        vocab_size=text.vocab_size,
+        max_tokens=getattr(text, "max_position_embeddings", None),
         device=torch_device,
         dtype=torch_dtype,
     )
 
 
-def hf_name(loaded: LoadedModel, hook_point: HookPoint) -> str:
-    """The module that is hooked, e.g. `model.layers.12`; `.input` is added when it is what goes into the module."""
-    _check_layer(loaded, hook_point)
-    family = FAMILIES[loaded.family]
-    layer = f"{family.layers}.{hook_point.layer}"
-    return {
-        "resid_post": layer,
-        "resid_pre": f"{layer}.input",
-        "attn_out": f"{layer}.{family.attn_out}",
-        "mlp_out": f"{layer}.{family.mlp_out}",
-    }[hook_point.site]
-
-
 def activations(loaded: LoadedModel, tokens: Tensor, hook_points: Sequence[HookPoint]) -> dict[HookPoint, Tensor]:
-    """tokens [batch, window] -> the activation at each hook point [batch, window, d_model].
+    """tokens [batch, window] -> the activation at each hook point [batch, window, d_model]; see `Reader.read`.
 
-    The model runs no further than the last wanted layer, so the final norm has no part in it: these are the bits
-    that a forward hook on the whole model sees. Raises UserError for a layer that the model does not have.
+    For more than a few batches, `open_reader` cuts the model once. Raises UserError for a layer that the model does
+    not have.
     """
-    found: dict[HookPoint, Tensor] = {}
-    last = max(hook_points, key=lambda point: point.layer)
-    with contextlib.ExitStack() as hooks:
-        for point in hook_points:
-            hooks.enter_context(_hooked(loaded, point, _recorder(found, point)))
-        # Registered after the others on the same layer, so it runs after them.
-        hooks.enter_context(_hooked(loaded, HookPoint("resid_post", last.layer), _stop))
-        with torch.no_grad(), contextlib.suppress(_Done):
-            loaded.model.base_model(input_ids=tokens.to(loaded.device), use_cache=False)
-    return found
+    with open_reader(loaded, hook_points) as reader:
+        return reader.read(tokens)
 
 
 def spliced_logits(
@@ -184,62 +116,18 @@ def spliced_logits(
     def swap(activation: Tensor) -> Tensor:
         return replace(activation).to(activation.dtype)
 
-    with _hooked(loaded, hook_point, swap):
-        return logits(loaded, tokens)
-
-
-def logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:
-    """tokens [batch, window] -> logits [batch, window, vocab]."""
-    with torch.no_grad():
-        return loaded.model(input_ids=tokens.to(loaded.device), use_cache=False).logits
-
-
-class _Done(Exception):
-    """Leaves the forward pass once the last wanted layer has run."""
-
-
-def _stop(_: Tensor) -> None:
-    raise _Done
-
-
-def _recorder(found: dict[HookPoint, Tensor], point: HookPoint) -> Callable[[Tensor], None]:
-    def record(activation: Tensor) -> None:
-        found[point] = activation
-
-    return record
-
-
-@contextlib.contextmanager
-def _hooked(loaded: LoadedModel, point: HookPoint, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """While inside, `see` gets the activation at the hook point; what it returns, if anything, takes its place."""
-    path = hf_name(loaded, point)
-
-    def on_output(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        if isinstance(output, tuple):  # attention returns its weights too
-            new = see(output[0])
-            return None if new is None else (new, *output[1:])
-        return see(output)
-
-    def on_input(module: nn.Module, inputs: tuple) -> tuple | None:
-        new = see(inputs[0])
-        return None if new is None else (new, *inputs[1:])
-
-    if path.endswith(".input"):
-        handle = loaded.model.get_submodule(path.removesuffix(".input")).register_forward_pre_hook(on_input)
-    else:
-        handle = loaded.model.get_submodule(path).register_forward_hook(on_output)
+    handle = add_hook(loaded.model.get_submodule, hf_name(loaded, hook_point), swap)
     try:
-        yield
+        return logits(loaded, tokens)
     finally:
         handle.remove()
 
 
-def _check_layer(loaded: LoadedModel, point: HookPoint) -> None:
-    if not 0 <= point.layer < loaded.n_layers:
-        raise UserError(
-            f"{loaded.name} has {loaded.n_layers} layers, numbered 0 to {loaded.n_layers - 1}; "
-            f"there is no layer {point.layer}"
-        )
+def logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:
+    """tokens [batch, window] -> logits [batch, window, vocab]."""
+    assert loaded.is_whole, "release_rest has dropped the layers that logits need"
+    with torch.no_grad():
+        return loaded.model(input_ids=tokens.to(loaded.device), use_cache=False).logits
 
 
 def _device(text: str) -> torch.device:
@@ -260,79 +148,95 @@ def _dtype(text: str, config: dict) -> torch.dtype:
     return DTYPES[text]
 
 
-def _locate(name: str) -> tuple[str, str]:
-    """(folder or hub id, the hub's commit or "" for a folder)."""
-    source = defaults(name).source
-    if source and Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise UserError(f"the folder {source} has no config.json; give one that save_pretrained wrote")
-        return source, ""
-    known = f"short names: {', '.join(SHORT_NAMES)}; or give a hub id (owner/name) or a folder"
-    if not re.fullmatch(r"[^/\s]+/[^/\s]+", source):
-        raise UserError(f"there is no model '{name}' ({known})")
-    repo, _, revision = source.partition("@")
-    try:
-        config = _downloaded(repo, revision or None)
-    except GatedRepoError as error:
+def _check_attention(attention: str, dtype: torch.dtype, device: str) -> None:
+    if attention not in ("auto", *ATTENTION):
+        raise UserError(f"'{attention}' is no way to compute attention; use auto, {', '.join(ATTENTION)}")
+    if attention == "flash_attention_2" and (dtype == torch.float32 or not device.startswith("cuda")):
         raise UserError(
-            f"'{repo}' is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"'{source}' is no folder here, and the Hugging Face hub cannot be reached to look for it ({known})"
-        ) from error
-    except (HFValidationError, RepositoryNotFoundError, EntryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(f"the Hugging Face hub has no model '{source}' ({known})") from error
-    except HfHubHTTPError as error:
-        raise UserError(f"the Hugging Face hub answered for '{repo}': {error}; try again later") from error
-    return repo, config.parent.name  # .../snapshots/<commit>/config.json
+            "flash_attention_2 needs --device cuda and --dtype bfloat16 or float16; here they are "
+            f"{device} and {str(dtype).removeprefix('torch.')}"
+        )
 
 
-def _downloaded(repo: str, revision: str | None) -> Path:
-    """The model's config.json; a model downloaded before is used as it is, with no look at the network."""
+def _read_config(name: str, folder: Path) -> dict[str, Any]:
+    """config.json of a model that transformers can run by itself, from left to right."""
     try:
-        return Path(hf_hub_download(repo, "config.json", revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return Path(hf_hub_download(repo, "config.json", revision=revision))
-
-
-def _build_options(family: str, dtype: torch.dtype) -> dict[str, Any]:
-    attention = FAMILIES[family].attention
-    return {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
-
-
-def _load(
-    name: str, source: str, at_commit: dict[str, str], weights: bool, build: dict[str, Any]
-) -> tuple[PreTrainedModel, Tokenizer]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **at_commit)
-        if not weights:
-            with torch.device("meta"):
-                config = AutoConfig.from_pretrained(source, **at_commit)
-                return AutoModelForCausalLM.from_config(config, **build), tokenizer
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **at_commit, **build)
-        model, report = loaded  # a pair, because the report is asked for
+        config, _ = PreTrainedConfig.get_config_dict(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"'{name}' cannot be loaded: {reason}") from error
+        raise UserError(f"'{name}' has a config.json that is no JSON: {_first_line(error)}") from error
+    family = config.get("model_type", "")
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if config.get("auto_map"):
+            raise UserError(
+                f"'{name}' needs code that comes with it ('auto_map' in its config.json), and granary never runs such "
+                "code; give a model that transformers can run by itself"
+            )
+        raise UserError(
+            f"'{name}' is a {family or 'nameless'} model, and transformers {transformers.__version__} knows no causal "
+            "language model of that name; give one that AutoModelForCausalLM loads"
+        )
+    if config.get("is_encoder_decoder"):
+        raise UserError(f"'{name}' is an encoder and a decoder ({family}); granary reads decoder-only causal models")
+    return config
+
+
+def _attention_option(name: str, folder: Path, attention: str) -> dict[str, str]:
+    """What to tell transformers; nothing where its own choice is right.
+
+    Some releases of it give a model that caps its attention scores (Gemma-2) to sdpa, which leaves the cap out.
+    """
+    with _loading(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        if attention == "sdpa":
+            raise UserError(
+                f"'{name}' caps its attention scores, and sdpa would leave the cap out; use auto, eager or "
+                "flash_attention_2"
+            )
+        attention = "eager" if attention == "auto" else attention
+    return {} if attention == "auto" else {"attn_implementation": attention}
+
+
+def _load_weights(name: str, folder: Path, build: dict[str, Any]) -> PreTrainedModel:
+    with _loading(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **build,
+        )
+    model, report = loaded  # a pair, because the report is asked for
     if n_bad := len(report["missing_keys"]) + len(report["mismatched_keys"]):
         raise UserError(
             f"'{name}' lacks weights for {n_bad} of the model's tensors, so they would stay random; get the whole model"
         )
-    return model, tokenizer
+    return model
 
 
-def _lasting_name(name: str) -> str:
-    """A name that loads the same model from another working directory; the hub id of a short name."""
-    source = defaults(name).source
-    if not Path(source).is_dir():
-        return source
-    return name if name in SHORT_NAMES else str(Path(source).resolve())
+def _outline(name: str, folder: Path, build: dict[str, Any]) -> PreTrainedModel:
+    with torch.device("meta"), _loading(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, **build)
 
 
-def _folder_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return f"sha256:{digest.hexdigest()[:16]}"
+def _load_tokenizer(name: str, folder: Path) -> Tokenizer:
+    with _loading(name, "the tokenizer of "):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _loading(name: str, what: str = "") -> Iterator[None]:
+    """Give what transformers says about a file or a missing package in one sentence."""
+    loudness = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would print a table of missing weights above our sentence
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{what}'{name}' cannot be loaded: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(loudness)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import math
+import re
 from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-import torch
-
-from cache_spec.errors import UserError
+from cache_spec.errors import CacheConflict, UserError
 from cache_spec.hook_point import HookPoint
-from cache_spec.layout import FP16_MAX
-from cache_spec.plan import HookPlan, Plan, VariantPlan
-from harvest.masking import window_inputs
-from harvest.model import LoadedModel, activations, hf_name
+from cache_spec.plan import SPEC_VERSION, HookPlan, Plan, VariantPlan, check_plan
+from harvest.model import LoadedModel, hf_name
+from harvest.options import MASK_KINDS
+from harvest.pilot import check_scale, largest_activations, scale_for
+from harvest.reader import Reader
 from harvest.request import Request
 from harvest.text import open_text, text_facts, text_id
 from harvest.windows import TextTooShort, Windows, cut_windows, file_sha256
@@ -21,9 +20,9 @@ from harvest.windows import TextTooShort, Windows, cut_windows, file_sha256
 CHUNK_ROWS = 1024
 _GOOD_SHARD_ROWS = 2**14
 _GOOD_TRAIN_SHARDS, _MIN_TRAIN_SHARDS = 16, 4
-_SHARD_BYTES = 2**30  # activations of one shard over all hook points and variants, held in memory while it is made
-_HEADROOM = 4.0  # the pilot sees a small part of the text
-_PILOT_TOKENS = 8192
+# Activations of one shard over all hook points and variants. Two such are in memory at once; it is no share of the
+# memory of this machine, for the same command must lead to the same shards on another.
+_SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,10 @@ def choose_layout(n_tokens: int, held_out: float, row_bytes: int) -> Layout:
 def outline(loaded: LoadedModel, request: Request) -> Plan:
     """The plan as far as it is known without reading the text or running the model: rows, shards, names.
 
-    Raises UserError if too few tokens are asked for.
+    Raises UserError if too few tokens are asked for, or more than a cache can number.
     """
     layout = choose_layout(request.n_tokens, request.held_out, _row_bytes(loaded, request))
-    return Plan(
+    plan = Plan(
         n_rows=layout.n_train_rows + layout.n_held_out_rows,
         n_train_rows=layout.n_train_rows,
         shard_rows=layout.shard_rows,
@@ -89,12 +88,15 @@ def outline(loaded: LoadedModel, request: Request) -> Plan:
             "held_out": float(request.held_out),
         },
     )
+    check_plan(plan)
+    return plan
 
 
-def make_plan(loaded: LoadedModel, request: Request) -> tuple[Plan, Windows]:
+def make_plan(loaded: LoadedModel, reader: Reader, request: Request) -> tuple[Plan, Windows]:
     """Read the text, cut and permute its windows, try the model on a few, and freeze every fact.
 
-    Raises UserError for text that is too short or unreadable, and for a model that gives no finite activations.
+    Raises UserError for text that is too short or unreadable, for a model that gives no finite activations, and for
+    a scale factor that does not bring them within fp16.
     """
     plan = outline(loaded, request)
     text = open_text(request.dataset, request.seed)
@@ -110,15 +112,10 @@ def make_plan(loaded: LoadedModel, request: Request) -> tuple[Plan, Windows]:
     except TextTooShort as short:
         raise UserError(_too_short(short, request, _row_bytes(loaded, request))) from short
     _check_vocabulary(loaded, windows)
-    hooks = plan.hooks
-    if not request.scale_factor:
-        absmax = _pilot(loaded, request, windows)
-        hooks = tuple(
-            replace(hook, scale_factor=scale_for(absmax[point]))
-            for hook, point in zip(hooks, request.hook_points, strict=True)
-        )
+    hooks = _scaled_hooks(plan, request, largest_activations(reader, loaded.tokenizer, plan, windows))
     read = {
         "revision": text.revision,
+        **_asked_revision(text.revision, request.dataset),
         **text_facts(request.dataset),
         "n_documents": windows.n_documents,
         "windows_sha256": file_sha256(windows.tokens),
@@ -127,23 +124,45 @@ def make_plan(loaded: LoadedModel, request: Request) -> tuple[Plan, Windows]:
     return replace(plan, hooks=hooks, source={**plan.source, **read}), windows
 
 
+def _scaled_hooks(plan: Plan, request: Request, absmax: dict[HookPoint, float]) -> tuple[HookPlan, ...]:
+    """Each hook point with the scale that its pilot needs, or with the one asked for; and a line that says so."""
+    if request.scale_factor:
+        check_scale(request.scale_factor, absmax)
+    hooks = tuple(
+        replace(hook, scale_factor=request.scale_factor or scale_for(absmax[point]))
+        for hook, point in zip(plan.hooks, request.hook_points, strict=True)
+    )
+    said = [
+        f"{hook.hook_point} reaches {absmax[point]:,.4g}, stored / {hook.scale_factor:g}"
+        for hook, point in zip(hooks, request.hook_points, strict=True)
+    ]
+    print(f"pilot     {'; '.join(said)}", flush=True)
+    return hooks
+
+
 def differences(plan: Plan, loaded: LoadedModel, request: Request) -> list[str]:
     """Where a cache's plan is not what was asked, as the options that say so; empty if the harvest can go on.
 
-    The text is known by its name and, while its files are there, by their checksum; its tokens are kept beside the
-    plan, so it is not cut again.
+    The model is known by its revision, wherever its folder is now; the text by its name and, while its files are
+    there, by their checksum. Its tokens are kept beside the plan, so neither a hub nor the text is needed again.
+    Raises CacheConflict for a plan of an older format, whose shards this granary no longer writes.
     """
-    asked_scale = request.scale_factor or plan.hooks[0].scale_factor
+    if plan.spec_version != SPEC_VERSION:
+        raise CacheConflict(
+            f"the cache there was begun in format {plan.spec_version} and this granary writes {SPEC_VERSION}; read it "
+            "as it is, finish it with the granary that began it, or choose another --out"
+        )
+    scales = sorted({hook.scale_factor for hook in plan.hooks})
     pairs = {
-        "--model": (plan.model, _model_facts(loaded)),
-        "tokenizer": (plan.tokenizer, _tokenizer_facts(loaded)),
+        **_model_pairs(plan.model, _model_facts(loaded)),
+        "the tokenizer": (plan.tokenizer["sha256"][:12], _tokenizer_facts(loaded)["sha256"][:12]),
         "--dataset": (plan.source.get("id"), text_id(request.dataset)),
         "--layers": ([hook.hook_point for hook in plan.hooks], [str(point) for point in request.hook_points]),
         "--tokens": (plan.source.get("n_tokens_asked"), request.n_tokens),
         "--context": (plan.window_tokens, request.window_tokens),
         "--held-out": (plan.source.get("held_out"), float(request.held_out)),
         "--seed": (plan.seed, request.seed),
-        "--scale-factor": (plan.hooks[0].scale_factor, asked_scale),
+        "--scale-factor": (scales, [request.scale_factor] if request.scale_factor else scales),
         **_variant_pairs(plan.variants, request.variants),
     }
     unlike = [
@@ -152,46 +171,68 @@ def differences(plan: Plan, loaded: LoadedModel, request: Request) -> list[str]:
     return unlike or _other_text(plan, request.dataset)
 
 
+def _model_pairs(there: dict[str, Any], asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    labels = {"id": "--model", "revision": "the revision of --model", "dtype": "--dtype", "attention": "--attention"}
+    if there["revision"] == asked["revision"]:
+        there = {**there, "id": asked["id"]}
+    return {labels.get(key, f"the model's {key}"): (there.get(key), fact) for key, fact in asked.items()}
+
+
+def _variant_pairs(there: tuple[VariantPlan, ...], asked: tuple[VariantPlan, ...]) -> dict[str, tuple[Any, Any]]:
+    """The names of variants follow from their kind and place, so lists of probabilities compare them one by one."""
+    old, new = (_of_kind(variants, "mask") for variants in (there, asked))
+    pairs: dict[str, tuple[Any, Any]] = {
+        "--mask-prob": (_probabilities(old), _probabilities(new)),
+        "--random-prob": (_probabilities(_of_kind(there, "random")), _probabilities(_of_kind(asked, "random"))),
+    }
+    if old and new:
+        units = {kind: unit for unit, kind in MASK_KINDS.items()}
+        pairs["--mask-string"] = (old[0].mask_string, new[0].mask_string)
+        pairs["the token of --mask-string"] = (old[0].mask_token, new[0].mask_token)
+        pairs["--mask-unit"] = (units[old[0].kind], units[new[0].kind])
+    return pairs
+
+
+def _of_kind(variants: tuple[VariantPlan, ...], kind: str) -> list[VariantPlan]:
+    return [variant for variant in variants if variant.kind.startswith(kind)]
+
+
+def _probabilities(variants: list[VariantPlan]) -> list[float]:
+    return [variant.mask_prob for variant in variants] or [0]
+
+
 def _other_text(plan: Plan, dataset: str) -> list[str]:
-    """The difference to a local text of the same name. A plan of an older harvest does not know its text."""
-    facts = text_facts(dataset) if "text_sha256" in plan.source else {}
-    there = {key: plan.source[key] for key in facts}
-    if there == facts:
+    """The difference to a text of the same name: another revision on the hub, other bytes here."""
+    source, asked = plan.source, dataset.partition("@")[2]
+    if source.get("revision") and not _means(asked, source):
+        return [f"--dataset at revision {source['revision'][:12]}, not {asked}"]
+    facts = text_facts(dataset) if "text_sha256" in source else {}
+    if {key: source[key] for key in facts} == facts:
         return []
     return [
-        f"--dataset of {there['text_bytes']:,} bytes with SHA-256 {there['text_sha256'][:12]}, "
+        f"--dataset of {source['text_bytes']:,} bytes with SHA-256 {source['text_sha256'][:12]}, "
         f"not of {facts['text_bytes']:,} with {str(facts['text_sha256'])[:12]}"
     ]
+
+
+def _means(asked: str, source: dict[str, Any]) -> bool:
+    """Whether a revision of a hub data set is the plan's: none, a commit, or the branch or tag given at first (the
+    hub could say where another one leads, but a resume does not need the hub)."""
+    is_commit = re.fullmatch(r"[0-9a-f]{7,40}", asked) is not None
+    return asked in ("", source.get("revision_asked")) or (is_commit and source["revision"].startswith(asked))
+
+
+def _asked_revision(revision: str, dataset: str) -> dict[str, str]:
+    asked = dataset.partition("@")[2] if revision else ""
+    return {"revision_asked": asked} if asked else {}
 
 
 def _row_bytes(loaded: LoadedModel, request: Request) -> int:
     return 2 * loaded.d_model * len(request.hook_points) * len(request.variants)
 
 
-def scale_for(absmax: float) -> float:
-    """The smallest power of two, from 1, that leaves fp16 a headroom of 4 above `absmax`."""
-    return 2.0 ** max(0, math.ceil(math.log2(max(absmax, 1.0) * _HEADROOM / FP16_MAX)))
-
-
-def _pilot(loaded: LoadedModel, request: Request, windows: Windows) -> dict[HookPoint, float]:
-    """The largest absolute activation at each hook point over a few thousand tokens of every variant."""
-    n_windows, step = (max(1, n // request.window_tokens) for n in (_PILOT_TOKENS, _PILOT_TOKENS // 8))
-    absmax = dict.fromkeys(request.hook_points, 0.0)
-    for first in range(0, min(n_windows, len(windows.tokens)), step):
-        tokens = windows.tokens[first : first + step]
-        numbers = first + np.arange(len(tokens))
-        inputs, _ = window_inputs(loaded.tokenizer, request.variants, request.seed, numbers, tokens)
-        batch = torch.from_numpy(inputs.reshape(-1, request.window_tokens).astype(np.int64))
-        for point, activation in activations(loaded, batch, request.hook_points).items():
-            largest = float(activation.abs().max())
-            if not math.isfinite(largest):
-                raise UserError(f"{loaded.name} gives infinite or NaN activations at {point}; try --dtype float32")
-            absmax[point] = max(absmax[point], largest)
-    return absmax
-
-
 def _check_vocabulary(loaded: LoadedModel, windows: Windows) -> None:
-    n_vocab, largest = loaded.model.config.vocab_size, int(windows.tokens.max())
+    n_vocab, largest = loaded.vocab_size, int(windows.tokens.max())
     if largest >= n_vocab:
         raise UserError(
             f"the tokenizer of {loaded.name} gives the id {largest}, and the model knows ids below {n_vocab}; "
@@ -212,15 +253,14 @@ def _too_short(short: TextTooShort, request: Request, row_bytes: int) -> str:
 
 
 def _model_facts(loaded: LoadedModel) -> dict[str, str | int]:
-    config = loaded.model.config
     return {
         "id": loaded.name,
         "revision": loaded.revision,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "n_layers": loaded.n_layers,
         "family": loaded.family,
-        "vocab_size": config.vocab_size,
-        "attention": str(config._attn_implementation),
+        "vocab_size": loaded.vocab_size,
+        "attention": str(loaded.model.config._attn_implementation),
     }
 
 
@@ -229,23 +269,7 @@ def _tokenizer_facts(loaded: LoadedModel) -> dict[str, str]:
     return {"id": loaded.name, "sha256": hashlib.sha256(vocabulary.encode()).hexdigest()}
 
 
-def _variant_pairs(
-    there: tuple[VariantPlan, ...], asked: tuple[VariantPlan, ...]
-) -> dict[str, tuple[float | str, float | str]]:
-    absent = VariantPlan(name="absent", kind="mask")
-    old, new = ({variant.name: variant for variant in variants} for variants in (there, asked))
-    masks = old.get("masked", absent), new.get("masked", absent)
-    randoms = old.get("random", absent), new.get("random", absent)
-    return {
-        "--mask-prob": (masks[0].mask_prob, masks[1].mask_prob),
-        "--mask-string": (masks[0].mask_string, masks[1].mask_string),
-        "--random-prob": (randoms[0].mask_prob, randoms[1].mask_prob),
-    }
-
-
-def _short(value: object) -> str:
-    if isinstance(value, dict):
-        return " ".join(str(part) for part in value.values())
+def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else repr(value)
 
 

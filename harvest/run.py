@@ -1,61 +1,92 @@
-"""The harvest: plan or resume, then make every missing shard, then close the cache."""
+"""The harvest: plan or resume, then make this process' missing shards, then close the cache if it is whole."""
 
-import shutil
+import fcntl
+import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from cache_spec.commit import write_shard
 from cache_spec.create import create_cache, finalize_cache
-from cache_spec.errors import CacheConflict, DiskFull, UserError
-from cache_spec.layout import INTERNAL, PLAN, cache_bytes, shard_files
+from cache_spec.errors import CacheConflict, UserError
+from cache_spec.files import exclusive
+from cache_spec.layout import INTERNAL, LOCK, PLAN, record_file
 from cache_spec.plan import Plan
 from cache_spec.progress import Progress
-from cache_spec.state import committed_shards, is_ours, read_plan
+from cache_spec.state import committed_shards, is_ours, read_plan, recorded_shards
+from harvest.forecast import forecast, print_forecast, refuse_if_full, size
 from harvest.model import LoadedModel
+from harvest.pilot import model_speed
+from harvest.pipeline import Job, batches_of, make_shards
 from harvest.planning import differences, make_plan, outline
+from harvest.prefix import saved_share
+from harvest.reader import Reader, open_reader
 from harvest.request import Request
-from harvest.shard import Job, make_shard
-from harvest.windows import open_windows, save_windows
+from harvest.shard import prepare_shard
+from harvest.share import Share
+from harvest.stopping import Stop, catch_stops
+from harvest.windows import Windows, open_windows, save_windows
 
 # Over all variants. Measured on the tiny model: a CPU is fastest while one batch stays in its caches.
 _TOKENS_AT_ONCE_CPU, _TOKENS_AT_ONCE_GPU = 4096, 32768
+_DRY_RUN = "dry run: the text was not read, and nothing was written"
 
 
-def harvest(loaded: LoadedModel, request: Request, out: Path, *, batch_windows: int = 0, dry_run: bool = False) -> None:
-    """Write the cache at `out`, or go on with it; with `dry_run` say what would be written, and write nothing.
+def harvest(
+    loaded: LoadedModel,
+    request: Request,
+    out: Path,
+    *,
+    share: Share = Share(),
+    batch_windows: int = 0,
+    compile: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Write this process' share of the cache at `out`, or go on with it; with `dry_run` say so and write nothing.
 
-    `batch_windows` is how many windows run at once, each in all variants; 0 chooses.
+    `batch_windows` is how many windows run at once, each in all variants; 0 chooses. Ctrl-C finishes the shard in
+    progress, a second one stops at once; both raise KeyboardInterrupt with how to go on.
+
     Raises CacheConflict if `out` holds another plan or something else, DiskFull if the disk is or would be full, and
     UserError for text or a model that cannot give this cache.
     """
     if batch_windows < 0:
         raise UserError(f"--batch-windows is {batch_windows}; give a number of windows, or 0 to have one chosen")
-    plan = _planned_before(loaded, request, out)
-    missing, needed, free = _describe(plan or outline(loaded, request), out)
-    if dry_run:
-        print("dry run: the text was not read, and nothing was written")
+    plan = _planned_before(loaded, request, out) or outline(loaded, request)
+    if loaded.device.type == "meta":
+        assert dry_run, "a model without weights can only be planned for"
+        print_forecast(plan, out, forecast(plan, out, _missing(plan, out), share, None), share, loaded.device)
+        print(_DRY_RUN)
         return
-    if needed > free:
-        raise DiskFull(
-            f"{out} needs {_size(needed)} more and the disk has {_size(free)} free; make room, or harvest fewer "
-            "--tokens or --layers"
+    with catch_stops() as stop, open_reader(loaded, request.hook_points, compile=compile) as reader:
+        batch_windows = choose_batch_windows(plan, reader.device, batch_windows)
+        missing = _missing(plan, out)
+        speed = model_speed(reader, plan, batch_windows) if any(map(share.owns, missing)) else None
+        ahead = forecast(plan, out, missing, share, speed)
+        print_forecast(plan, out, ahead, share, reader.device)
+        if dry_run:
+            print(_DRY_RUN)
+            return
+        refuse_if_full(out, ahead)
+        plan, windows = _planned(loaded, reader, request, out)
+        job = Job(
+            plan=plan,
+            windows=windows,
+            tokenizer=loaded.tokenizer,
+            reader=reader,
+            batch_windows=batch_windows,
+            pad=compile or reader.device.type == "cuda",
         )
-    if plan is None:
-        plan, windows = make_plan(loaded, request)
-        save_windows(out, windows)
-    else:
-        windows = open_windows(out, plan)
-    create_cache(out, plan)
-    at_once = _TOKENS_AT_ONCE_CPU if loaded.device.type == "cpu" else _TOKENS_AT_ONCE_GPU
-    batch_windows = batch_windows or max(1, at_once // (plan.window_tokens * len(plan.variants)))
-    job = Job(plan=plan, windows=windows, loaded=loaded, batch_windows=batch_windows)
-    _write_missing(job, out, missing)
-    finalize_cache(out)
-    print(f"complete: {plan.n_rows:,} rows in {plan.n_shards} shards at {out}")
+        _write_shards(job, out, [shard for shard in missing if share.owns(shard)], stop)
+    _close(plan, out)
 
 
 def _planned_before(loaded: LoadedModel, request: Request, out: Path) -> Plan | None:
-    """The plan of an earlier run of the same command, if there was one."""
+    """The plan of an earlier run of the same command, or of another process, if there is one."""
     if not (out / PLAN).exists():
         _refuse_foreign(out)
         return None
@@ -82,65 +113,141 @@ def _refuse_foreign(out: Path) -> None:
         )
 
 
-def _write_missing(job: Job, out: Path, missing: list[int]) -> None:
-    plan, n_before, start = job.plan, job.plan.n_shards - len(missing), time.monotonic()
-    n_rows = sum(plan.rows_in(shard) for shard in missing)
-    n_done = 0
+def _missing(plan: Plan, out: Path) -> list[int]:
+    """The shards of all processes that are not committed."""
+    done = committed_shards(out, plan) if (out / PLAN).exists() else ()
+    return [shard for shard in range(plan.n_shards) if shard not in done]
+
+
+def _planned(loaded: LoadedModel, reader: Reader, request: Request, out: Path) -> tuple[Plan, Windows]:
+    """The plan and its windows, made now unless they are there. Of several processes one plans and the others wait."""
+    if not (out / PLAN).exists():
+        with _alone(out):
+            # Another process may have planned by now; a plan appears only after the windows it needs.
+            if _planned_before(loaded, request, out) is None:
+                plan, windows = make_plan(loaded, reader, request)
+                save_windows(out, windows)
+                create_cache(out, plan)
+    plan = _planned_before(loaded, request, out)
+    assert plan is not None, "the plan vanished"
+    create_cache(out, plan)  # a resume: clears what killed processes left
+    return plan, open_windows(out, plan)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While inside, no other process plans this cache. Planning that fails leaves no new folder behind."""
+    new = [folder for folder in (out / INTERNAL, out, *out.parents) if not folder.exists()]
+    lock = out / LOCK
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    _say_if_locked(lock)
+    with ExitStack() as undo, exclusive(lock):
+        undo.callback(_remove_unused, lock, new)
+        yield
+        undo.pop_all()
+
+
+def _say_if_locked(lock: Path) -> None:
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with Progress("harvest", n_rows, "tokens") as progress:
-            for shard in missing:
-                arrays, columns = make_shard(job, shard, progress)
-                write_shard(out, plan, shard, arrays, columns)
-                n_done += 1
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("another process is planning this cache; waiting for it", flush=True)
+    finally:
+        os.close(fd)
+
+
+def _remove_unused(lock: Path, new: Sequence[Path]) -> None:
+    """Remove the lock and the folders made for it, if they hold nothing else."""
+    if new and [path.name for path in lock.parent.iterdir()] == [lock.name]:
+        lock.unlink()
+        for folder in new:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def choose_batch_windows(plan: Plan, device: torch.device, most: int = 0) -> int:
+    """How many windows run at once: at most `most`, or what suits the device if that is 0.
+
+    A shard falls into equal batches, so that none is short, or padded to full size.
+    """
+    n_tokens = _TOKENS_AT_ONCE_CPU if device.type == "cpu" else _TOKENS_AT_ONCE_GPU
+    most = most or max(1, n_tokens // (plan.window_tokens * len(plan.variants)))
+    rows, window = plan.shard_rows, plan.window_tokens
+    # A shard that does not begin with a window touches one more.
+    n_windows = rows // window if rows % window == 0 else (rows + 2 * window - 2) // window
+    n_batches = -(-n_windows // most)
+    return -(-n_windows // n_batches)
+
+
+def _write_shards(job: Job, out: Path, shards: list[int], stop: Stop) -> None:
+    """Make and commit the shards. Raises KeyboardInterrupt, with how to go on, if someone asked to stop."""
+    plan, start = job.plan, time.monotonic()
+    n_tokens, n_whole = 0, sum(map(plan.rows_in, shards)) * len(plan.variants)
+    if shards:
+        _say_if_reused(job, shards[0])
+
+    def write(shard: int, arrays: dict[tuple[str, str], np.ndarray], columns: dict[str, np.ndarray]) -> None:
+        write_shard(out, plan, shard, arrays, columns)
+
+    def advance(n: int) -> None:
+        nonlocal n_tokens
+        n_tokens += n
+        seconds_left = (time.monotonic() - start) / n_tokens * (n_whole - n_tokens)
+        progress.advance(n, _note(job.reader.device, seconds_left))
+
+    try:
+        with Progress("harvest", n_whole, "tokens") as progress:
+            make_shards(job, _until_stopped(shards, stop, out), write, advance)
+        if stop.asked and _still_missing(out, shards):
+            raise KeyboardInterrupt
     except KeyboardInterrupt as interrupt:
-        there = f"{n_before + n_done} of {plan.n_shards} shards are in {out}"
-        then = f"goes on from shard {missing[n_done]}" if n_done < len(missing) else "closes the cache"
+        there = f"{len(recorded_shards(out))} of {plan.n_shards} shards are in {out}"
+        left = _still_missing(out, shards)
+        then = f"goes on from shard {left[0]}" if left else "closes the cache"
         raise KeyboardInterrupt(f"{there}; the same command {then}") from interrupt
     seconds = time.monotonic() - start
-    if missing:
-        rate = n_rows * len(plan.variants) / seconds
-        print(f"{n_rows:,} tokens in {len(plan.variants)} variants in {seconds:,.1f} s ({rate:,.0f} tokens/s in all)")
+    if n_tokens:
+        variants = f"{n_tokens // len(plan.variants):,} tokens in {len(plan.variants)} variants"
+        print(f"{variants} in {seconds:,.1f} s ({n_tokens / seconds:,.0f} tokens/s in all)")
 
 
-def _describe(plan: Plan, out: Path) -> tuple[list[int], int, int]:
-    """Print the plan and what is left to do; returns the missing shards, the bytes they need, and the bytes free."""
-    done = committed_shards(out, plan) if (out / PLAN).exists() else ()
-    missing = [shard for shard in range(plan.n_shards) if shard not in done]
-    needed, free = _bytes_needed(plan, out, missing), _bytes_free(out)
-    hooks = [
-        f"{hook.hook_point} ({hook.hf_name}, {hook.d_model} wide, stored / {hook.scale_factor:g})"
-        for hook in plan.hooks
-    ]
-    variants = [
-        variant.name + (f" (p = {variant.mask_prob:g})" if variant.mask_prob else "") for variant in plan.variants
-    ]
-    n_documents = f"{plan.source['n_documents']:,} documents, " if "n_documents" in plan.source else ""
-    print(f"model     {plan.model['id']} ({plan.model['family']}, {plan.model['dtype']})")
-    print(f"layers    {', '.join(hooks)}")
-    print(f"variants  {', '.join(variants)}")
-    print(f"text      {plan.source['id']}: {n_documents}windows of {plan.window_tokens} tokens")
-    print(
-        f"rows      {plan.n_train_rows:,} to train on + {plan.n_rows - plan.n_train_rows:,} held out, of each variant"
-    )
-    print(f"shards    {plan.n_shards} of {plan.shard_rows:,} rows, {len(done)} of them there")
-    print(f"disk      {_size(needed)} needed, {_size(free)} free, {_size(cache_bytes(plan))} when whole")
-    print(f"cache     {out}", flush=True)
-    return missing, needed, free
+def _until_stopped(shards: Sequence[int], stop: Stop, out: Path) -> Iterator[int]:
+    """The shards, as long as nobody asks to stop, without those that another process has made in the meantime."""
+    for shard in shards:
+        if stop.asked:
+            return
+        if not (out / record_file(shard)).exists():
+            stop.finish(f"shard {shard}")
+            yield shard
 
 
-def _bytes_needed(plan: Plan, out: Path, missing: list[int]) -> int:
-    shards = sum(sum(shard_files(plan, shard).values()) for shard in missing)
-    windows = 2 * 4 * plan.window_tokens * (plan.n_train_windows + plan.n_held_out_windows)
-    return shards + (0 if (out / PLAN).exists() else windows)
+def _still_missing(out: Path, shards: Sequence[int]) -> list[int]:
+    return [shard for shard in shards if not (out / record_file(shard)).exists()]
 
 
-def _bytes_free(out: Path) -> int:
-    there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+def _say_if_reused(job: Job, number: int) -> None:
+    """Say how much the reuse of beginnings saves, if it is worth it for the first shard; the others are alike."""
+    shard = prepare_shard(job.plan, job.windows, job.tokenizer, number)
+    if saved := saved_share(batches_of(job, shard), shard.first, job.plan.window_tokens):
+        print(f"prefix reuse: saves {saved:.0%} of the tokens", flush=True)
 
 
-def _size(n_bytes: int) -> str:
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.1f} {unit}"
-    return f"{n_bytes / 1000:.1f} kB"
+def _note(device: torch.device, seconds_left: float) -> str:
+    end = time.localtime(time.time() + seconds_left)
+    note = f"ends about {time.strftime('%a %H:%M', end)}"
+    if device.type != "cuda":
+        return note
+    used, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    return f"GPU memory {size(used)} of {size(whole)}, {note}"
+
+
+def _close(plan: Plan, out: Path) -> None:
+    """Close the cache if all shards are there; else whoever commits the last one will."""
+    n_there = len(committed_shards(out, plan))
+    if n_there < plan.n_shards:
+        print(f"{n_there} of {plan.n_shards} shards are in {out}; the other processes make the rest")
+        return
+    finalize_cache(out)
+    print(f"complete: {plan.n_rows:,} rows in {plan.n_shards} shards at {out}")

@@ -1,57 +1,49 @@
-"""One shard: its windows through the model in every variant, its rows in their shuffled order."""
+"""One shard without the model: which tokens are run, where each activation goes, and the columns beside them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from cache_spec.errors import UserError
-from cache_spec.hook_point import HookPoint
-from cache_spec.layout import FLAG_BOS, FLAG_SPECIAL, FLAG_VALID, column_types
+from cache_spec.layout import ACTIVATION, FLAG_BOS, FLAG_SPECIAL, FLAG_VALID, column_types
 from cache_spec.plan import Plan
-from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
 from harvest.masking import special_tokens, window_inputs
-from harvest.model import LoadedModel, activations
 from harvest.windows import Windows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """All that a shard depends on; `batch_windows` and the device change no more than rounding."""
+class Shard:
+    """What is run for one shard and what becomes of it: a pure function of the plan and its windows.
 
-    plan: Plan
-    windows: Windows
-    loaded: LoadedModel
-    batch_windows: int
+    A window at a shard's edge is run whole, and its tokens that belong to another shard are thrown away.
+    """
+
+    number: int
+    n_rows: int
+    inputs: np.ndarray  # [n_variants, n_windows, window_tokens]: what the model reads
+    first: np.ndarray  # [n_variants, n_windows]: the first replaced position; window_tokens where nothing is replaced
+    place: np.ndarray  # [n_windows, window_tokens]: the row of each token; n_rows for a token of another shard
+    columns: dict[str, np.ndarray]  # as `write_shard` takes them
 
 
-def make_shard(
-    job: Job, shard: int, progress: Progress | None = None
-) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, np.ndarray]]:
-    """The activations and columns of one shard, as `write_shard` takes them: a pure function of the job."""
-    plan, n_rows = job.plan, job.plan.rows_in(shard)
-    numbers, skip = windows_of(plan, shard)
-    tokens = np.asarray(job.windows.tokens[numbers])
-    inputs, masks = window_inputs(job.loaded.tokenizer, plan.variants, plan.seed, numbers, tokens)
-    # Row i of the shard is row order[i] of its windows laid end to end; `place` is the way back.
-    order = row_order(plan, shard)
-    place = np.argsort(order)
-    arrays = {
-        (hook.name, variant.name): np.empty((n_rows, hook.d_model), np.float16)
-        for hook in plan.hooks
-        for variant in plan.variants
-    }
-    for first, batch in _batches(job, inputs):
-        start = first * plan.window_tokens - skip  # of this batch's first token among the shard's rows
-        low, high = max(start, 0), min(start + batch[0].size, n_rows)
-        rows, here = place[low:high], slice(low - start, high - start)
-        for (hook, variant), values in _run_model(job, batch).items():
-            arrays[hook, variant][rows] = values[here]
-        if progress is not None:
-            progress.advance(high - low)
-    return arrays, _columns(job, numbers, tokens, inputs, masks, skip + order)
+def prepare_shard(plan: Plan, windows: Windows, tokenizer: Tokenizer, number: int) -> Shard:
+    """Draw the masks of one shard's windows and the order of its rows."""
+    n_rows = plan.rows_in(number)
+    numbers, skip = windows_of(plan, number)
+    tokens = np.asarray(windows.tokens[numbers])
+    inputs, masks = window_inputs(tokenizer, plan.variants, plan.seed, numbers, tokens)
+    source = skip + row_order(plan, number)  # of each row, among the tokens of the windows laid end to end
+    place = np.full(tokens.size, n_rows)
+    place[source] = np.arange(n_rows)
+    return Shard(
+        number=number,
+        n_rows=n_rows,
+        inputs=inputs,
+        first=np.where(masks.any(axis=2), masks.argmax(axis=2), plan.window_tokens),
+        place=place.reshape(tokens.shape),
+        columns=_columns(plan, tokenizer, numbers, np.asarray(windows.docs[numbers]), inputs, masks, source),
+    )
 
 
 def windows_of(plan: Plan, shard: int) -> tuple[np.ndarray, int]:
@@ -70,50 +62,59 @@ def row_order(plan: Plan, shard: int) -> np.ndarray:
     return generator.permutation(plan.rows_in(shard))
 
 
-def _batches(job: Job, inputs: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(the first window's place, tokens [n_variants, n, window_tokens]), counted from the shard's first window."""
-    for first in range(0, inputs.shape[1], job.batch_windows):
-        yield first, inputs[:, first : first + job.batch_windows]
+class ShardBuffer:
+    """The activations of one shard while it is made; its memory serves one shard after another."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        # One row more than a shard has takes what belongs to other shards, so that no batch needs a selection.
+        self._arrays = [
+            [np.empty((min(plan.shard_rows, plan.n_rows) + 1, hook.d_model), ACTIVATION) for _ in plan.variants]
+            for hook in plan.hooks
+        ]
 
-def _run_model(job: Job, batch: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-    """tokens [n_variants, n, window_tokens] -> fp16 [n * window_tokens, d_model] for each hook point and variant.
+    def fill(self, hook: int, variant: int, place: np.ndarray, values: np.ndarray) -> None:
+        """values [n, length, d_model] of one hook point and variant go to the rows `place` [n, length]."""
+        array = self._arrays[hook][variant]
+        array[place.ravel()] = values.reshape(-1, array.shape[1])
 
-    All variants of a window share a batch, so that what differs between them is the masking alone.
-    """
-    plan = job.plan
-    points = {HookPoint.parse(hook.hook_point): hook for hook in plan.hooks}
-    tokens = torch.from_numpy(batch.reshape(-1, plan.window_tokens).astype(np.int64))
-    try:
-        with torch.inference_mode():
-            found = activations(job.loaded, tokens, tuple(points))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{job.batch_windows} windows in {len(plan.variants)} variants do not fit on {job.loaded.device}; "
-            "give a smaller --batch-windows"
-        ) from error
-    values = {}
-    for point, hook in points.items():
-        # Dividing by a power of two is exact, and has to come before fp16 could overflow.
-        stored = (found[point] / hook.scale_factor).to(torch.float16).cpu().numpy()
-        for variant, part in zip(plan.variants, np.split(stored, len(plan.variants)), strict=True):
-            values[hook.name, variant.name] = part.reshape(-1, hook.d_model)
-    return values
+    def finish(self, shard: Shard) -> dict[tuple[str, str], np.ndarray]:
+        """The activations as `write_shard` takes them, once every row that was run is filled in.
+
+        Before a window's first replaced token the model has read the same text, so those rows are the clean ones,
+        bit for bit. (What the model gives differs from them by rounding, when a batch is cut otherwise.)
+        """
+        position = np.arange(self._plan.window_tokens)
+        for variant in range(1, len(self._plan.variants)):
+            same = shard.place[position < shard.first[variant][:, None]]
+            for arrays in self._arrays:
+                arrays[variant][same] = arrays[0][same]
+        return {
+            (hook.name, variant.name): array[: shard.n_rows]
+            for hook, arrays in zip(self._plan.hooks, self._arrays, strict=True)
+            for variant, array in zip(self._plan.variants, arrays, strict=True)
+        }
 
 
 def _columns(
-    job: Job, numbers: np.ndarray, tokens: np.ndarray, inputs: np.ndarray, masks: np.ndarray, rows: np.ndarray
+    plan: Plan,
+    tokenizer: Tokenizer,
+    numbers: np.ndarray,
+    docs: np.ndarray,
+    inputs: np.ndarray,
+    masks: np.ndarray,
+    source: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The row-aligned columns; `rows` are the places of the shard's rows among the tokens of its windows."""
-    plan, tokenizer = job.plan, job.loaded.tokenizer
-    window, pos = np.divmod(rows, plan.window_tokens)
+    """The row-aligned columns; `source` are the places of the shard's rows among the tokens of its windows."""
+    tokens = inputs[0]
+    window, pos = np.divmod(source, plan.window_tokens)
     special = special_tokens(tokenizer, tokens)
     opens = (np.arange(plan.window_tokens) == 0) & (tokenizer.bos_token_id is not None)
     flags = FLAG_VALID + FLAG_BOS * opens + FLAG_SPECIAL * special
     mask_bits = sum(mask.astype(np.uint8) << bit for bit, mask in enumerate(masks[1:]))
     values = {
         "token": tokens[window, pos],
-        "doc": np.asarray(job.windows.docs[numbers])[window, pos],
+        "doc": docs[window, pos],
         "window": numbers[window],
         "pos": pos,
         "flags": flags[window, pos],

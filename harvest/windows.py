@@ -9,7 +9,7 @@ were 15 times smaller).
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,11 +49,17 @@ def cut_windows(
 ) -> Windows:
     """Read as many documents as it takes to fill `n_train` + `n_held_out` windows.
 
-    Raises TextTooShort if there are too few.
+    Needs 8 bytes of memory a token, and the documents that are tokenised at once: a token is written once, to its
+    place in the permuted windows. Raises TextTooShort if there are too few documents.
     """
     bos = tokenizer.bos_token_id
-    n_cut = window_tokens - (bos is not None)
-    train, held_out = _Pile(n_train * n_cut), _Pile(n_held_out * n_cut)
+    first = int(bos is not None)
+    tokens, docs = (np.empty((n_train + n_held_out, window_tokens), np.uint32) for _ in range(2))
+    splits = {"train": slice(0, n_train), "held_out": slice(n_train, None)}
+    train, held_out = (
+        _Pile(tokens[rows, first:], docs[rows, first:], _places(len(tokens[rows]), seed, name))
+        for name, rows in splits.items()
+    )
     n_documents = 0
     chooser = _HeldOutChooser(n_held_out / (n_train + n_held_out), seed)
     with Progress("read text", train.n_wanted + held_out.n_wanted, "tokens") as progress:
@@ -64,12 +70,11 @@ def cut_windows(
             if train.is_full and held_out.is_full:
                 break
     if not (train.is_full and held_out.is_full):
+        n_cut = window_tokens - first
         raise TextTooShort(train.n_tokens // n_cut, held_out.n_tokens // n_cut, n_documents)
-    splits = [_permuted(*pile.cut(n_cut), seed, name) for name, pile in (("train", train), ("held_out", held_out))]
-    tokens, docs = (np.concatenate(arrays) for arrays in zip(*splits, strict=True))
     if bos is not None:  # a window's BOS counts to the document that it opens with
-        tokens = np.insert(tokens, 0, bos, axis=1)
-        docs = np.insert(docs, 0, docs[:, 0], axis=1)
+        tokens[:, 0] = bos
+        docs[:, 0] = docs[:, 1]
     return Windows(tokens=tokens, docs=docs, n_documents=n_documents)
 
 
@@ -106,14 +111,16 @@ def open_windows(cache: Path, plan: Plan) -> Windows:
     return Windows(tokens=arrays[0], docs=arrays[1], n_documents=plan.source["n_documents"])
 
 
-@dataclass
 class _Pile:
-    """Documents of one split, joined, until there are enough tokens."""
+    """The windows of one split, filled with its documents, joined, until they are full.
 
-    n_wanted: int
-    n_tokens: int = 0
-    pieces: list[np.ndarray] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    `tokens` and `docs` [n_windows, n_cut] are written to, the i-th window of the joined documents to row `places[i]`.
+    """
+
+    def __init__(self, tokens: np.ndarray, docs: np.ndarray, places: np.ndarray) -> None:
+        self._tokens, self._docs, self._places = tokens, docs, places
+        self.n_wanted, self._n_cut = tokens.size, tokens.shape[1]
+        self.n_tokens = 0  # of the documents taken, the end of the last one too, for which there may be no room
 
     @property
     def is_full(self) -> bool:
@@ -123,18 +130,16 @@ class _Pile:
         """Take the document if there is room; says how many tokens were still wanted of it."""
         if self.is_full:
             return 0
-        n_used = min(len(ids), self.n_wanted - self.n_tokens)
+        n_used, n_written = min(len(ids), self.n_wanted - self.n_tokens), 0
+        while n_written < n_used:
+            window, start = divmod(self.n_tokens + n_written, self._n_cut)
+            end = min(self._n_cut, start + n_used - n_written)
+            place = self._places[window]
+            self._tokens[place, start:end] = ids[n_written : n_written + end - start]
+            self._docs[place, start:end] = number
+            n_written += end - start
         self.n_tokens += len(ids)
-        self.pieces.append(ids)
-        self.numbers.append(number)
         return n_used
-
-    def cut(self, n_cut: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and document numbers, both [n_windows, n_cut]."""
-        tokens = np.concatenate([np.empty(0, np.uint32), *self.pieces])[: self.n_wanted]
-        lengths = [len(piece) for piece in self.pieces]
-        docs = np.repeat(np.asarray(self.numbers, np.uint32), lengths)[: self.n_wanted]
-        return tokens.reshape(-1, n_cut), docs.reshape(-1, n_cut)
 
 
 class _HeldOutChooser:
@@ -161,12 +166,16 @@ def _token_ids(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.nd
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents = iter(documents)
     while batch := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE)):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for ids in encoded["input_ids"]:
             if ids:
                 yield np.asarray([*ids, *eos], np.uint32)
 
 
-def _permuted(tokens: np.ndarray, docs: np.ndarray, seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _places(n_windows: int, seed: int, split: str) -> np.ndarray:
+    """Where each window of a split goes: the row of the i-th one."""
     generator = np.random.Generator(np.random.Philox(key=derive_seed("harvest/windows", seed, split)))
-    order = generator.permutation(len(tokens))
-    return tokens[order], docs[order]
+    order = generator.permutation(n_windows)
+    places = np.empty_like(order)
+    places[order] = np.arange(n_windows)
+    return places

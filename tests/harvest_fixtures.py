@@ -1,5 +1,6 @@
 """Small random models of every family, saved with a tokenizer, and text for them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from harvest.model import LoadedModel
+from harvest.options import Options
 from harvest.request import Request, make_request
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -85,23 +87,13 @@ def write_text(path: Path, n_documents: int, seed: int = 0) -> Path:
     return path
 
 
-def options(**changes) -> dict:
-    """The command's options with a small harvest in mind, as `make_request` takes them."""
-    defaults = {
-        "dataset": "",
-        "layers": "1",
-        "tokens": "6144",
-        "mask_prob": 0.3,
-        "mask_string": "...",
-        "random_prob": 0.0,
-        "context": 32,
-        "held_out": 0.2,
-        "scale_factor": 0.0,
-        "seed": 0,
-    }
-    return {**defaults, **changes}
+def options(**changes) -> Options:
+    """The command's options with a small harvest in mind; probabilities may be numbers."""
+    small = Options(layers="1", tokens="6144", context=32, held_out=0.2)
+    texts = {name: str(value) for name, value in changes.items() if name in ("mask_prob", "random_prob")}
+    return replace(small, **{**changes, **texts})
 
 
-def request_for(loaded: LoadedModel, text: Path, **changes) -> Request:
+def request_for(loaded: LoadedModel, text: Path | str, **changes) -> Request:
     """What `python -m harvest` would ask for."""
-    return make_request(loaded, loaded.name, **options(dataset=str(text), **changes))
+    return make_request(loaded, loaded.name, options(dataset=str(text), **changes))

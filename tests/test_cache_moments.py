@@ -114,7 +114,7 @@ def test_a_cache_knows_the_moments_of_its_rows_in_true_units(seed, n_rows, scale
 def test_any_zarr_reader_sees_them(tmp_path):
     path = make_cache(tmp_path / "cache", make_plan())
     cache = ActivationCache.open(path)
-    stored: np.ndarray = zarr.open(path, mode="r")["layer_1/masked_mean"][...]  # pyright: ignore[reportAssignmentType, reportIndexIssue, reportArgumentType]
+    stored: np.ndarray = zarr.open(path, mode="r")["layer_1/masked_mean"][...]  # pyright: ignore[reportAssignmentType, reportIndexIssue, reportArgumentType, reportCallIssue]
     assert stored.shape == (3, 6)
     for shard in range(3):
         assert np.array_equal(stored[shard], cache.moments("layer_1", "masked", [shard]).mean, equal_nan=True)

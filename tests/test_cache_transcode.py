@@ -71,8 +71,8 @@ def test_there_and_back_is_the_same_in_every_file(n_rows, chunk_rows, n_chunks, 
 
 def test_zarr_and_tensorstore_open_an_archive_by_themselves(path, archive):
     for name in ("layer_1/clean", "layer_3/masked", "layer_1/clean_mean", "rows/token"):
-        there: np.ndarray = zarr.open(path, mode="r")[name][...]  # pyright: ignore[reportAssignmentType, reportIndexIssue, reportArgumentType]
-        packed: np.ndarray = zarr.open(archive, mode="r")[name][...]  # pyright: ignore[reportAssignmentType, reportIndexIssue, reportArgumentType]
+        there: np.ndarray = zarr.open(path, mode="r")[name][...]  # pyright: ignore[reportAssignmentType, reportIndexIssue, reportArgumentType, reportCallIssue]
+        packed: np.ndarray = zarr.open(archive, mode="r")[name][...]  # pyright: ignore[reportAssignmentType, reportIndexIssue, reportArgumentType, reportCallIssue]
         assert packed.tobytes() == there.tobytes()
         store = {"driver": "file", "path": str(archive / name)}
         other = tensorstore.open({"driver": "zarr3", "kvstore": store}).result().read().result()

@@ -1,20 +1,22 @@
-"""Planning: rows and shards that suit a reader, a scale that suits fp16, and a plan that the same command repeats."""
+"""Planning: rows and shards that suit a reader, a plan that the same command repeats, and what a resume refuses."""
 
 import dataclasses
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from harvest_fixtures import options, random_documents, request_for, save_model, write_text
+from harvest_fixtures import random_documents, request_for, save_model, write_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cache_spec import FP16_MAX, HookPoint, UserError
+from cache_spec import CacheConflict, UserError
 from cache_spec.plan import check_plan
 from harvest import planning
+from harvest import text as text_module
 from harvest.model import load_model
-from harvest.planning import choose_layout, differences, make_plan, outline, scale_for
-from harvest.request import make_request
+from harvest.planning import choose_layout, differences, outline
+from harvest.reader import open_reader
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,12 @@ def loaded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.txt", 400)
+
+
+def make_plan(loaded, request):
+    """The plan and windows, with the model opened for as long as planning takes."""
+    with open_reader(loaded, request.hook_points) as reader:
+        return planning.make_plan(loaded, reader, request)
 
 
 @settings(deadline=None)
@@ -65,18 +73,6 @@ def test_too_few_tokens_are_refused(n_tokens, held_out):
         choose_layout(n_tokens, held_out, 100)
 
 
-@settings(deadline=None)
-@given(st.floats(0, 1e9))
-@example(FP16_MAX / 4)
-@example(FP16_MAX)
-@example(696_320.0)  # the largest published, of a 27B model
-def test_the_scale_is_the_smallest_power_of_two_that_leaves_headroom(absmax):
-    scale = scale_for(absmax)
-    assert np.frexp(scale)[0] == 0.5
-    assert absmax * 4 / scale <= FP16_MAX
-    assert scale == 1 or absmax * 4 / (scale / 2) > FP16_MAX
-
-
 def test_the_same_request_leads_to_the_same_plan_and_windows(loaded, text):
     (plan, windows), (again, same) = (make_plan(loaded, request_for(loaded, text)) for _ in range(2))
     assert (plan, plan.cache_id) == (again, again.cache_id)
@@ -104,9 +100,11 @@ CHANGES = [
     ({"tokens": "5120"}, "--tokens 6144, not 5120"),
     ({"layers": "0,mlp_out.1"}, "--layers resid_post.1, not resid_post.0,mlp_out.1"),
     ({"mask_prob": 0.5}, "--mask-prob 0.3, not 0.5"),
-    ({"mask_prob": 0.0}, "--mask-prob 0.3, not 0.0"),
+    ({"mask_prob": "0.3,0.5"}, "--mask-prob 0.3, not 0.3,0.5"),
+    ({"mask_prob": 0}, "--mask-prob 0.3, not 0"),
     ({"mask_string": "w3"}, "--mask-string '...', not 'w3'"),
-    ({"random_prob": 0.1}, "--random-prob 0.0, not 0.1"),
+    ({"mask_unit": "word"}, "--mask-unit 'token', not 'word'"),
+    ({"random_prob": 0.1}, "--random-prob 0, not 0.1"),
     ({"context": 16}, "--context 32, not 16"),
     ({"held_out": 0.25}, "--held-out 0.2, not 0.25"),
     ({"seed": 1}, "--seed 0, not 1"),
@@ -114,19 +112,92 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def planned(loaded, text):
+    return make_plan(loaded, request_for(loaded, text))[0]
+
+
 @pytest.mark.parametrize(("change", "said"), CHANGES)
-def test_a_plan_differs_from_another_request_by_the_option_that_changed(loaded, text, change, said):
-    plan, _ = make_plan(loaded, request_for(loaded, text))
-    assert differences(plan, loaded, request_for(loaded, text)) == []
-    assert said in differences(plan, loaded, request_for(loaded, text, **change))
+def test_a_plan_differs_from_another_request_by_the_option_that_changed(loaded, text, planned, change, said):
+    assert differences(planned, loaded, request_for(loaded, text)) == []
+    assert said in differences(planned, loaded, request_for(loaded, text, **change))
 
 
-def test_a_plan_differs_for_another_text_or_model(loaded, text, tmp_path):
-    plan, _ = make_plan(loaded, request_for(loaded, text))
+def test_several_variants_are_compared_one_by_one(loaded, text):
+    asked = {"mask_prob": "0.3,0.5", "random_prob": "0.1,0.2"}
+    plan, _ = make_plan(loaded, request_for(loaded, text, **asked))
+    assert [variant.name for variant in plan.variants] == ["clean", "masked", "masked_1", "random", "random_1"]
+    assert differences(plan, loaded, request_for(loaded, text, **asked)) == []
+    for change, said in (
+        ({"mask_prob": "0.5,0.3"}, ["--mask-prob 0.3,0.5, not 0.5,0.3"]),
+        ({"mask_prob": "0.3"}, ["--mask-prob 0.3,0.5, not 0.3"]),
+        ({"random_prob": "0.1,0.25"}, ["--random-prob 0.1,0.2, not 0.1,0.25"]),
+        ({"random_prob": "0"}, ["--random-prob 0.1,0.2, not 0"]),
+    ):
+        assert differences(plan, loaded, request_for(loaded, text, **{**asked, **change})) == said
+
+
+def test_a_scale_that_the_pilot_found_for_each_hook_point_is_not_one_that_was_asked_for(loaded, text):
+    plan, _ = make_plan(loaded, request_for(loaded, text, layers="0,1"))
+    plan = replace(plan, hooks=(plan.hooks[0], replace(plan.hooks[1], scale_factor=4.0)))
+    assert differences(plan, loaded, request_for(loaded, text, layers="0,1")) == []
+    asked = request_for(loaded, text, layers="0,1", scale_factor=1.0)
+    assert differences(plan, loaded, asked) == ["--scale-factor 1.0,4.0, not 1.0"]
+
+
+def test_a_plan_differs_for_another_text_or_model(loaded, text, planned, tmp_path):
     other = write_text(tmp_path / "other.txt", 400)
-    assert "--dataset 'text.txt', not 'other.txt'" in differences(plan, loaded, request_for(loaded, other))
+    assert "--dataset 'text.txt', not 'other.txt'" in differences(planned, loaded, request_for(loaded, other))
     gpt2 = load_model(str(save_model(tmp_path / "gpt2", "gpt2")))
-    assert differences(plan, gpt2, request_for(gpt2, text))[0].startswith("--model")
+    unlike = differences(planned, gpt2, request_for(gpt2, text))
+    assert unlike[0].startswith("--model ")
+    assert any(line.startswith("the revision of --model") for line in unlike)
+
+
+def test_a_model_in_another_dtype_or_attention_says_so(loaded, text, planned, tmp_path):
+    halved = load_model(loaded.name, dtype="bfloat16")
+    assert differences(planned, halved, request_for(halved, text)) == ["--dtype 'float32', not 'bfloat16'"]
+    eager = load_model(loaded.name, attention="eager")
+    assert differences(planned, eager, request_for(eager, text)) == ["--attention 'sdpa', not 'eager'"]
+
+
+def test_the_same_model_may_lie_in_another_folder(loaded, text, planned, tmp_path):
+    moved = load_model(str(shutil.copytree(loaded.name, tmp_path / "moved")))
+    assert differences(planned, moved, request_for(moved, text)) == []
+
+
+def test_a_hub_data_set_is_pinned_and_a_resume_needs_no_hub(loaded, text, planned, monkeypatch):
+    """The revision that a resume names is compared with the plan's; one that only the hub could place is refused."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    hub = {key: value for key, value in planned.source.items() if key not in ("text_bytes", "text_sha256")}
+    plan = replace(planned, source={**hub, "id": "owner/data", "revision": commit, "revision_asked": "v1"})
+    monkeypatch.setattr(text_module, "open_text", None)  # nothing opens the text
+    for asked in ("owner/data", f"owner/data@{commit}", f"owner/data@{commit[:10]}", "owner/data@v1"):
+        assert differences(plan, loaded, request_for(loaded, asked)) == []
+    for other in ("v2", "fedcba9876543210", "0"):
+        said = differences(plan, loaded, request_for(loaded, f"owner/data@{other}"))
+        assert said == [f"--dataset at revision {commit[:12]}, not {other}"]
+    assert differences(plan, loaded, request_for(loaded, "owner/others"))[0].startswith("--dataset 'owner/data', not")
+
+
+def test_the_revision_of_a_hub_data_set_is_in_the_plan(loaded, monkeypatch):
+    documents = iter(random_documents(400))
+    hub = text_module.Text(id="owner/data", revision="c0ffee" * 6, documents=documents)
+    monkeypatch.setattr(planning, "open_text", lambda dataset, seed: hub)
+    plan, _ = make_plan(loaded, request_for(loaded, "owner/data@main"))
+    assert (plan.source["id"], plan.source["revision"]) == ("owner/data", "c0ffee" * 6)
+    assert plan.source["revision_asked"] == "main"
+
+
+def test_a_cache_begun_in_an_older_format_is_one_sentence(loaded, text, planned):
+    old = replace(planned, spec_version="1.0")
+    with pytest.raises(CacheConflict, match=r"begun in format 1\.0 .* finish it with the granary that began it, or"):
+        differences(old, loaded, request_for(loaded, text))
+
+
+def test_more_tokens_than_a_cache_can_number_are_refused(loaded, text):
+    with pytest.raises(UserError, match=r"windows are more than 4294967295"):
+        outline(loaded, request_for(loaded, text, tokens="200_000B", context=2))
 
 
 def test_the_seed_changes_what_is_drawn_and_not_how_many(loaded, text):
@@ -134,34 +205,6 @@ def test_the_seed_changes_what_is_drawn_and_not_how_many(loaded, text):
     assert plan.n_rows == other.n_rows
     assert plan.cache_id != other.cache_id
     assert not np.array_equal(windows.tokens, others.tokens)
-
-
-def test_a_pilot_scales_only_the_hook_points_that_need_it(tmp_path, text):
-    loaded = load_model(str(save_model(tmp_path)))
-    loaded.model.get_parameter("gpt_neox.layers.1.mlp.dense_4h_to_h.weight").mul_(1e5)
-    plan, _ = make_plan(loaded, request_for(loaded, text, layers="0,1"))
-    assert plan.hooks[0].scale_factor == 1.0
-    assert plan.hooks[1].scale_factor >= 4.0
-    given_scale, _ = make_plan(loaded, request_for(loaded, text, layers="0,1", scale_factor=64.0))
-    assert [hook.scale_factor for hook in given_scale.hooks] == [64.0, 64.0]
-
-
-def test_the_pilot_sees_masked_tokens_too(loaded, text, monkeypatch):
-    seen = []
-    real = planning.activations
-    monkeypatch.setattr(
-        planning, "activations", lambda model, batch, points: seen.append(batch) or real(model, batch, points)
-    )
-    make_plan(loaded, request_for(loaded, text, mask_prob=1.0))
-    token = loaded.tokenizer.convert_tokens_to_ids("...")
-    assert 0.4 < (torch.cat(seen) == token).float().mean() < 0.6  # half of the rows are the masked variant
-
-
-def test_a_model_without_finite_activations_is_refused(tmp_path, text):
-    loaded = load_model(str(save_model(tmp_path)))
-    loaded.model.get_parameter("gpt_neox.embed_in.weight")[5] = float("inf")
-    with pytest.raises(UserError, match=r"infinite or NaN activations at resid_post.1"):
-        make_plan(loaded, request_for(loaded, text))
 
 
 def test_text_that_is_too_short_says_how_much_there_is_and_what_would_fit(loaded, tmp_path):
@@ -185,44 +228,3 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, text):
     (tmp_path / "text.txt").write_text("\n\n".join([*random_documents(400), "w99 w99"] * 2))
     with pytest.raises(UserError, match="mixes files of two models"):
         make_plan(loaded, request_for(loaded, tmp_path / "text.txt", tokens="20k"))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"layers": "3"}, "3 layers, numbered 0 to 2; there is no layer 3"),
-        ({"layers": ""}, "--layers is missing, .* 3 layers, numbered 0 to 2"),
-        ({"layers": "middle"}, "'middle' is not a hook point"),
-        ({"mask_prob": 1.5}, "--mask-prob is 1.5, and a probability must be from 0 to 1"),
-        ({"mask_prob": -0.1}, "--mask-prob is -0.1"),
-        ({"mask_prob": float("nan")}, "--mask-prob is nan"),
-        ({"random_prob": 2.0}, "--random-prob is 2.0"),
-        ({"mask_string": "w1 w2"}, "must be one token"),
-        ({"context": 65}, "--context is 65, and .* takes windows of 2 to 64 tokens"),
-        ({"context": 1}, "--context is 1"),
-        ({"held_out": 0.6}, "--held-out is 0.6"),
-        ({"scale_factor": 3.0}, "--scale-factor is 3"),
-        ({"scale_factor": -2.0}, "--scale-factor is -2"),
-        ({"tokens": "lots"}, "--tokens is 'lots'"),
-    ],
-)
-def test_an_option_out_of_range_is_named(loaded, change, said):
-    with pytest.raises(UserError, match=said):
-        make_request(loaded, loaded.name, **options(**change))
-
-
-def test_options_left_out_are_those_of_the_short_name():
-    tiny = load_model("tiny", weights=False)
-    request = make_request(tiny, "tiny", **options(layers="", context=0))
-    assert (request.dataset, request.window_tokens) == ("embedded", 64)
-    assert len(request.hook_points) == 1
-
-
-def test_a_layer_given_twice_is_harvested_once(loaded):
-    request = make_request(loaded, loaded.name, **options(layers="1,resid_post.1,layers.1,0"))
-    assert request.hook_points == (HookPoint("resid_post", 1), HookPoint("resid_post", 0))
-
-
-def test_without_masking_there_is_only_the_clean_variant(loaded):
-    request = make_request(loaded, loaded.name, **options(mask_prob=0.0, mask_string="no single token"))
-    assert [variant.name for variant in request.variants] == ["clean"]

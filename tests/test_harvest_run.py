@@ -1,23 +1,24 @@
 """The harvest end to end: every row is the model's activation of its token, whatever happened on the way."""
 
-import dataclasses
-import errno
 import json
-import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from harvest_fixtures import random_documents, request_for, save_model, write_text
+from pipeline_fixtures import files_of
 
-from cache_spec import ActivationCache, CacheConflict, CacheError, DiskFull, HookPoint, verify_cache
-from cache_spec.files import Partial
+from cache_spec import ActivationCache, CacheConflict, HookPoint, UserError, column_types, verify_cache
+from cache_spec.files import exclusive
+from cache_spec.layout import INTERNAL, LOCK, PLAN
 from harvest import run
 from harvest.masking import draw_mask
 from harvest.model import activations, load_model
-from harvest.planning import make_plan
-from harvest.shard import Job, make_shard, row_order, windows_of
+from harvest.shard import row_order, windows_of
+from harvest.share import Share
 from harvest.text import text_facts
 
 
@@ -49,16 +50,6 @@ def family(request):
 
 def every(cache, column):
     return np.concatenate([cache.column(column, shard) for shard in cache.shards])
-
-
-def files_of(cache):
-    """Every file that the plan decides, and its bytes; records and the root carry times and process numbers."""
-    own = ("shards", "manifest.json", "lock")
-    return {
-        str(path.relative_to(cache)): path.read_bytes()
-        for path in sorted(cache.rglob("*"))
-        if path.is_file() and path != cache / "zarr.json" and not any(part in own for part in path.parts)
-    }
 
 
 def test_a_harvest_is_complete_and_every_checksum_matches(caches, family):
@@ -128,18 +119,6 @@ def test_the_mask_column_is_the_draw_of_its_window(caches, models, family):
     assert np.array_equal(draws[window, pos], mask & 1 > 0)
 
 
-@pytest.mark.parametrize("batch_windows", [1, 7, 1000])
-def test_the_batch_size_changes_no_column_and_activations_only_by_rounding(models, text, family, batch_windows):
-    loaded = models[family]
-    plan, windows = make_plan(loaded, request_for(loaded, text, random_prob=0.2))
-    arrays, columns = make_shard(Job(plan=plan, windows=windows, loaded=loaded, batch_windows=20), 1)
-    others, same = make_shard(Job(plan=plan, windows=windows, loaded=loaded, batch_windows=batch_windows), 1)
-    for name, values in columns.items():
-        assert np.array_equal(values, same[name]), name
-    for name, values in arrays.items():
-        np.testing.assert_allclose(values, others[name], rtol=2e-3, atol=2e-3)
-
-
 def test_the_windows_of_all_shards_cover_each_split_once(caches, family):
     plan = caches[family].plan
     rows = []
@@ -161,34 +140,15 @@ def test_scaled_activations_are_stored_divided(models, text, tmp_path):
     np.testing.assert_allclose(second.astype(np.float32) * 16, first.astype(np.float32), rtol=1e-3, atol=1e-3)
 
 
-def test_a_value_beyond_fp16_raises_and_is_never_stored(text, tmp_path):
-    loaded = load_model(str(save_model(tmp_path / "model")))
-    loaded.model.get_parameter("gpt_neox.layers.1.mlp.dense_4h_to_h.weight").mul_(1e6)
-    out = tmp_path / "cache"
-    with pytest.raises(CacheError, match=r"infinite or NaN, and fp16 ends at 65,504; .* a scale factor above 1"):
-        run.harvest(loaded, request_for(loaded, text, scale_factor=1.0), out)
-    assert not list(out.rglob("c/*/0"))
-    run.harvest(loaded, request_for(loaded, text), tmp_path / "scaled")  # the pilot finds a scale that does
-    assert ActivationCache.open(tmp_path / "scaled").plan.hooks[0].scale_factor > 1
-
-
 def test_a_dry_run_prints_the_plan_and_writes_nothing(models, text, tmp_path, capsys):
     loaded = load_model(models["gemma2"].name, weights=False)
     run.harvest(loaded, request_for(loaded, text), tmp_path / "new" / "cache", dry_run=True)
     said = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    for fact in ("resid_post.1 (model.layers.1, 16 wide", "masked (p = 0.3)", "5,120 to train on + 1,024 held out"):
+    for fact in ("resid_post.1 (model.layers.1, 16 wide", "masked (p = 0.3", "5,120 to train on + 1,024 held out"):
         assert fact in said
     assert "needed" in said
     assert "free" in said
-
-
-def test_the_bytes_announced_are_the_bytes_written(models, text, tmp_path, capsys):
-    loaded, out = models["gpt_neox"], tmp_path / "cache"
-    run.harvest(loaded, request_for(loaded, text), out)
-    announced = float(capsys.readouterr().out.split("disk      ")[1].split(" kB")[0])
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.suffix != ".json")
-    assert announced == pytest.approx(written / 1000, rel=0.01)
 
 
 def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, monkeypatch):
@@ -264,45 +224,105 @@ def test_a_folder_that_holds_something_else_is_refused_before_the_text_is_read(m
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_too_little_room_is_said_before_anything_is_read_or_written(models, text, tmp_path, monkeypatch):
-    usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(run, "make_plan", None)
-    with pytest.raises(DiskFull, match=r"needs \d+\.\d kB more and the disk has 1.0 kB free"):
-        run.harvest(models["gpt_neox"], request_for(models["gpt_neox"], text), tmp_path / "cache")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_several_processes_make_the_same_cache_as_one(models, text, tmp_path, capsys, n_processes):
+    loaded = models["gpt_neox"]
+    request = request_for(loaded, text)
+    run.harvest(loaded, request, tmp_path / "alone")
+    out = tmp_path / "shared"
+    for index in reversed(range(n_processes)):
+        assert not out.exists() or ActivationCache.open(out, allow_partial=True).status == "harvesting"
+        capsys.readouterr()
+        run.harvest(loaded, request, out, share=Share(index=index, count=n_processes, source="--shard"))
+        there = ActivationCache.open(out, allow_partial=True).shards
+        assert there == tuple(shard for shard in range(6) if shard % n_processes >= index)
+        if index:
+            assert (
+                f"{len(there)} of 6 shards are in {out}; the other processes make the rest" in capsys.readouterr().out
+            )
+    assert "complete: 6,144 rows in 6 shards" in capsys.readouterr().out
+    assert files_of(out) == files_of(tmp_path / "alone")
 
 
-def test_a_disk_that_fills_up_keeps_what_is_committed_and_the_harvest_goes_on(models, text, tmp_path, monkeypatch):
+def test_a_resume_may_use_another_number_of_processes_and_batch_size(models, text, tmp_path):
+    loaded = models["gpt_neox"]
+    request = request_for(loaded, text)
+    alone, out = tmp_path / "alone", tmp_path / "shared"
+    run.harvest(loaded, request, alone)
+    run.harvest(loaded, request, out, share=Share(index=1, count=4, source="--shard"), batch_windows=1)
+    run.harvest(loaded, request, out, share=Share(index=0, count=2, source="--shard"), batch_windows=7)
+    run.harvest(loaded, request, out, batch_windows=1000)
+    one, other = ActivationCache.open(alone), ActivationCache.open(out)
+    assert one.plan == other.plan
+    for name in column_types(one.plan):
+        assert np.array_equal(every(one, name), every(other, name)), name
+    for shard in one.shards:
+        for variant in one.plan.variants:
+            a, b = (cache.activations("layer_1", variant.name, shard).astype(np.float32) for cache in (one, other))
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_more_processes_than_shards_have_nothing_to_do(models, text, tmp_path, capsys):
+    loaded, out = models["gpt_neox"], tmp_path / "cache"
+    run.harvest(loaded, request_for(loaded, text), out, share=Share(index=7, count=8, source="--shard"))
+    assert f"0 of 6 shards are in {out}; the other processes make the rest" in capsys.readouterr().out
+
+
+def test_one_process_plans_while_the_others_wait(models, text, tmp_path, capsys, monkeypatch):
+    loaded, out = models["gpt_neox"], tmp_path / "cache"
+    (out / INTERNAL).mkdir(parents=True)
+    waiting = threading.Thread(target=run.harvest, args=(loaded, request_for(loaded, text), out))
+    with exclusive(out / LOCK):
+        waiting.start()
+        until, said = time.monotonic() + 20, ""
+        while "another process is planning this cache; waiting for it" not in said and time.monotonic() < until:
+            said += capsys.readouterr().out
+            time.sleep(0.01)
+        assert time.monotonic() < until
+        assert not (out / PLAN).exists()
+        run.harvest(loaded, request_for(loaded, text), tmp_path / "other")  # stands for what the planner makes
+        for name in ("windows.npy", "window_docs.npy", "shards", "plan.json"):
+            (tmp_path / "other" / INTERNAL / name).rename(out / INTERNAL / name)
+        for path in (tmp_path / "other").iterdir():
+            if path.name != INTERNAL:
+                path.rename(out / path.name)
+        monkeypatch.setattr(run, "make_plan", None)  # and so it is not made again
+    waiting.join()
+    assert ActivationCache.open(out).status == "complete"
+
+
+@pytest.mark.parametrize("there", ["", "new", "new/cache"])
+def test_planning_that_fails_leaves_no_folder_behind(models, tmp_path, there):
+    """Those that were there before stay."""
+    loaded, text = models["gpt_neox"], write_text(tmp_path / "text.txt", 3)
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="the text is too short"):
+        run.harvest(loaded, request_for(loaded, text), tmp_path / "new" / "cache")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_shard_that_another_process_has_made_in_the_meantime_is_not_made_again(models, text, tmp_path, monkeypatch):
     loaded, out, whole = models["gpt_neox"], tmp_path / "cache", tmp_path / "whole"
     request = request_for(loaded, text)
-    real, n_written = Partial.write, 0
-
-    def filling(self, data):
-        nonlocal n_written
-        n_written += len(memoryview(data).cast("B"))
-        if n_written > 200_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, data)
-
-    with monkeypatch.context() as full:
-        full.setattr(Partial, "write", filling)
-        with pytest.raises(DiskFull, match="run the same command again"):
-            run.harvest(loaded, request, out)
-    n_before = len(ActivationCache.open(out, allow_partial=True).shards)
-    assert 0 < n_before < 6
-    assert not list(out.rglob("*.partial"))
-    run.harvest(loaded, request, out)
     run.harvest(loaded, request, whole)
+    real, made = run.write_shard, []
+
+    def write(path, plan, shard, *arrays):
+        made.append(shard)
+        if shard == 0:
+            real(path, plan, 4, *make_rows(whole, 4))
+        return real(path, plan, shard, *arrays)
+
+    monkeypatch.setattr(run, "write_shard", write)
+    run.harvest(loaded, request, out)
+    assert made == [0, 1, 2, 3, 5]
     assert files_of(out) == files_of(whole)
 
 
-def test_a_batch_too_large_for_the_device_names_the_option(models, text, tmp_path, monkeypatch):
-    def exhausted(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    plan, windows = make_plan(models["gpt_neox"], request_for(models["gpt_neox"], text))
-    broken = dataclasses.replace(models["gpt_neox"], model=torch.nn.Module())
-    monkeypatch.setattr("harvest.shard.activations", exhausted)
-    with pytest.raises(ValueError, match="8 windows in 2 variants do not fit on cpu; give a smaller --batch-windows"):
-        make_shard(Job(plan=plan, windows=windows, loaded=broken, batch_windows=8), 0)
+def make_rows(path, shard):
+    """A shard of a cache as `write_shard` takes it."""
+    cache = ActivationCache.open(path)
+    names = [(hook.name, variant.name) for hook in cache.plan.hooks for variant in cache.plan.variants]
+    columns = {name: np.asarray(cache.column(name, shard)) for name in column_types(cache.plan)}
+    return {name: np.asarray(cache.activations(*name, shard)) for name in names}, columns

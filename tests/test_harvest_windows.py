@@ -1,6 +1,9 @@
 """Windows: the documents in order, cut and permuted; no document in both splits; nothing lost inside a window."""
 
 import dataclasses
+import hashlib
+import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_spec import CacheDamaged
+from cache_spec.seeds import derive_seed
 from harvest.windows import DOCS_FILE, TOKENS_FILE, TextTooShort, cut_windows, file_sha256, open_windows, save_windows
 
 GEMMA, NEOX, QWEN = make_tokenizer("gemma2"), make_tokenizer("gpt_neox"), make_tokenizer("qwen3")
@@ -54,6 +58,74 @@ def test_windows_hold_the_documents_of_their_split_in_order(n_train, n_held_out,
         }
         n_cut = window_tokens - has_bos
         assert pairs == {tuple(stream[i * n_cut : (i + 1) * n_cut]) for i in range(len(split))}
+
+
+def plain_windows(documents, tokenizer, window_tokens, n_train, n_held_out, seed):
+    """All at once: join, cut, permute, put BOS before. -> tokens and documents, or what a text too short gave."""
+    n_cut = window_tokens - (tokenizer.bos_token_id is not None)
+    chooser = np.random.Generator(np.random.Philox(key=derive_seed("harvest/held_out", seed)))
+    wanted = {"train": n_train * n_cut, "held_out": n_held_out * n_cut}
+    piles, owed, n_documents = {"train": [], "held_out": []}, 0.0, 0
+    for number, ids in enumerate(filter(lambda ids: len(ids) > 1, joined(documents, tokenizer))):
+        owed += n_held_out / (n_train + n_held_out) * len(ids)
+        name = "held_out" if owed > chooser.random() * len(ids) else "train"
+        owed -= len(ids) * (name == "held_out")
+        if len(piles[name]) < wanted[name]:
+            piles[name] += [(token, number) for token in ids]
+        n_documents = number + 1
+        if all(len(piles[name]) >= wanted[name] for name in piles):
+            break
+    else:
+        return sum(len(pile) // n_cut for pile in piles.values()), n_documents
+    rows = []
+    for name, pile in piles.items():
+        cut = np.asarray(pile[: wanted[name]], np.uint32).reshape(-1, n_cut, 2)
+        rows.append(
+            np.random.Generator(np.random.Philox(key=derive_seed("harvest/windows", seed, name))).permutation(cut)
+        )
+    tokens, docs = np.moveaxis(np.concatenate(rows), 2, 0)
+    if tokenizer.bos_token_id is not None:
+        tokens = np.insert(tokens, 0, tokenizer.bos_token_id, axis=1)
+        docs = np.insert(docs, 0, docs[:, 0], axis=1)
+    return tokens, docs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_train=st.integers(1, 25),
+    n_held_out=st.integers(0, 8),
+    window_tokens=st.integers(2, 60),
+    n_documents=st.integers(0, 60),
+    seed=st.integers(0, 2**40),
+    tokenizer=st.sampled_from([GEMMA, NEOX, QWEN]),
+)
+def test_windows_filled_in_place_are_those_of_the_plain_way(
+    n_train, n_held_out, window_tokens, n_documents, seed, tokenizer
+):
+    documents = ["", *DOCUMENTS[:n_documents]]
+    plain = plain_windows(documents, tokenizer, window_tokens, n_train, n_held_out, seed)
+    facts = {"window_tokens": window_tokens, "n_train": n_train, "n_held_out": n_held_out, "seed": seed}
+    if isinstance(plain[0], int):
+        with pytest.raises(TextTooShort) as caught:
+            cut_windows(documents, tokenizer, **facts)
+        assert (caught.value.n_windows, caught.value.n_documents) == plain
+        return
+    windows = cut_windows(documents, tokenizer, **facts)
+    assert np.array_equal(windows.tokens, plain[0])
+    assert np.array_equal(windows.docs, plain[1])
+    saved = io.BytesIO()
+    np.save(saved, plain[0].copy())
+    assert file_sha256(windows.tokens) == hashlib.sha256(saved.getvalue()).hexdigest()
+
+
+def test_windows_need_eight_bytes_a_token_beside_the_documents_at_hand():
+    documents = random_documents(6000)
+    n_windows = sum(len(text.split()) for text in documents) // 68
+    tracemalloc.start()
+    windows = cut_windows(iter(documents), GEMMA, window_tokens=64, n_train=n_windows - 40, n_held_out=30, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert windows.tokens.nbytes + windows.docs.nbytes <= peak < 8 * windows.tokens.size + 2**20
 
 
 def test_the_windows_of_a_split_are_permuted_by_the_seed():

@@ -1,0 +1,105 @@
+"""Kills harvests at random moments and looks at what they leave. A program, so that it may fork.
+
+python tests/harvest_killer.py FOLDER MODEL TEXT N_PROCESSES N_KILLS prints one line for each fault, and how often it
+met a cache in each state.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from harvest_fixtures import request_for
+from pipeline_fixtures import files_of
+
+from cache_spec import ActivationCache, CacheError, CacheIncomplete, CacheNotFound, column_types, derive_seed
+from harvest import run
+from harvest.model import load_model
+from harvest.share import Share
+
+
+def start(harvest, out: Path, index: int, count: int) -> int:
+    """A child process that harvests its share; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        harvest(out, Share(index=index, count=count, source="--shard" if count > 1 else ""))
+    finally:
+        os._exit(0 if sys.exc_info()[0] is None else 1)
+
+
+def finished(children: list[int]) -> bool:
+    """Wait for all; whether each ended by itself and well."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return not any(codes)
+
+
+def state_of(out: Path, whole: ActivationCache) -> str:
+    """What a reader sees; raises AssertionError if it is anything but shards of the whole cache."""
+    try:
+        cache, state = ActivationCache.open(out), "whole"
+    except CacheNotFound:
+        return "planning"
+    except CacheIncomplete:
+        try:
+            cache, state = ActivationCache.open(out, allow_partial=True), "some shards"
+        except CacheIncomplete:
+            return "planning"
+    assert state != "whole" or len(cache.shards) == whole.plan.n_shards, "opened as whole"
+    for shard in cache.shards:
+        for hook in whole.plan.hooks:
+            for variant in whole.plan.variants:
+                rows, wanted = (c.activations(hook.name, variant.name, shard) for c in (cache, whole))
+                assert rows.tobytes() == wanted.tobytes(), f"rows of shard {shard}"
+        for name in column_types(whole.plan):
+            assert cache.column(name, shard).tobytes() == whole.column(name, shard).tobytes(), f"{name} of {shard}"
+    return state if cache.shards else "no shard"
+
+
+def main(folder: Path, model: str, text: Path, n_processes: int, n_kills: int) -> None:
+    torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # a killed process loses nothing that the system has taken
+    loaded = load_model(model)
+    request = request_for(loaded, text)
+    rng = random.Random(derive_seed("tests/kill", n_processes))
+
+    def harvest(out: Path, share: Share) -> None:
+        run.harvest(loaded, request, out, share=share)
+
+    begin = time.monotonic()
+    assert finished([start(harvest, folder / "whole", 0, 1)])
+    seconds = time.monotonic() - begin
+    whole, seen, kills, attempt = ActivationCache.open(folder / "whole"), Counter(), 0, 0
+    while kills < n_kills:
+        out, attempt = folder / str(attempt), attempt + 1
+        while kills < n_kills and (not out.exists() or state_of(out, whole) != "whole"):
+            children = [start(harvest, out, i, n_processes) for i in range(n_processes)]
+            for child in rng.sample(children, n_processes):  # one after another, each at a moment of its own
+                time.sleep(rng.random() * seconds / n_processes)
+                seen[state_of(out, whole)] += 1  # beside living writers
+                os.kill(child, signal.SIGKILL)
+            kills += not finished(children)
+            seen[state_of(out, whole)] += 1
+        assert finished([start(harvest, out, i, n_processes + 1) for i in range(n_processes + 1)])
+        assert state_of(out, whole) == "whole"
+        left, wanted = files_of(out), files_of(folder / "whole")
+        assert left.keys() == wanted.keys(), left.keys() ^ wanted.keys()
+        assert not (unlike := [name for name in wanted if left[name] != wanted[name]]), unlike
+    print(f"{kills} kills", dict(seen))
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    except (AssertionError, CacheError) as fault:
+        raise SystemExit(f"WRONG: {fault}") from fault
