@@ -27,6 +27,7 @@ def describe(cache: ActivationCache) -> str:
         ("rows", f"{plan.n_train_rows:,} train + {plan.n_rows - plan.n_train_rows:,} held out, {plan.row_order}"),
         ("shards", f"{len(cache.shards)} of {plan.n_shards} committed, {plan.shard_rows:,} rows each"),
         ("size", _size(cache)),
+        ("moments", _moments(cache)),
         *[("profile", f"archive: compressed, level {cache.attributes['level']}") for _ in range(cache.is_archive)],
         (
             "open with",
@@ -88,6 +89,13 @@ def _size(cache: ActivationCache) -> str:
     packed = f", {plain / there:.2f} times less than unpacked" if cache.is_archive else ""
     planned = cache_bytes(plan)
     return bytes_for_people(there) + (packed if plain == planned else f" of {bytes_for_people(planned)}")
+
+
+def _moments(cache: ActivationCache) -> str:
+    if not cache.plan.has_moments:
+        return "none, format 1.0 had none"
+    n_rows = sum(cache.records[shard]["moment_rows"] for shard in cache.shards)
+    return f"mean and m2 of {n_rows:,} ordinary rows (no special token or padding) in each array"
 
 
 def _planned_at(cache: ActivationCache) -> str:

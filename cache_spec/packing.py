@@ -1,6 +1,9 @@
 """Inner chunks of an archive: each packed by Blosc and followed by its CRC, one after the other in their file."""
 
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
@@ -32,6 +35,23 @@ def pack(rows: bytes, level: int) -> bytes:
         typesize=settings["typesize"],
     )
     return data + checksum_bytes(crc32c(data))
+
+
+def pack_all(chunks: Iterable[bytes], level: int) -> Iterator[bytes]:
+    """Inner chunks, packed on all cores, in order.
+
+    Never on the main thread: there Blosc shares one chunk between threads of its own, and the order in which these
+    finish shows in the bytes, so that no two archives would be equal.
+    """
+    n_workers = os.cpu_count() or 1
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(n_workers) as pool:
+        for rows in chunks:
+            waiting.append(pool.submit(pack, rows, level))
+            if len(waiting) > n_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def unpack(data: bytes, plan: Plan, hook: HookPlan) -> bytes:

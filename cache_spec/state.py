@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -191,5 +192,5 @@ def check_documents(root: Path, plan: Plan, granary: dict[str, Any], records: di
     for file in planner_files(plan):
         try:
             np.load(root / file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise CacheDamaged(f"{root / file} is missing or cut short ({error}); harvest it again") from None
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
+            raise CacheDamaged(f"{root / file} is missing, cut short or changed ({error}); harvest it again") from None

@@ -4,9 +4,11 @@ An archive is the same tree with the same plan; its activations are compressed i
 written like any cache, shard by shard with a record at the end of each, so a transcoding that was killed goes on.
 """
 
+import hashlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cache_spec.cache import ActivationCache
 from cache_spec.commit import ShardWriter
@@ -20,6 +22,7 @@ from cache_spec.layout import (
     INTERNAL,
     PLAN,
     activation_files,
+    checksum_bytes,
     chunk_bytes,
     chunks_in,
     plain_index,
@@ -27,16 +30,18 @@ from cache_spec.layout import (
     shard_files,
     shard_index,
 )
-from cache_spec.packing import pack, packed_chunks, unpack
-from cache_spec.plan import HookPlan
-from cache_spec.state import is_ours, read_record, stored_bytes
+from cache_spec.packing import pack_all, packed_chunks, unpack
+from cache_spec.plan import HookPlan, Plan
+from cache_spec.state import is_ours, read_record, read_root, stored_bytes
 from cache_spec.verify import Advance
 
 _GO_ON = "run the same command again, it goes on from the last finished shard"
 _BLOCK = 2**24
 
 
-def transcode(source: Path, out: Path, *, level: int = 5, advance: Advance = lambda n_bytes: None) -> tuple[int, int]:
+def transcode(
+    path: str | Path, out_path: str | Path, *, level: int = 5, advance: Advance = lambda n_bytes: None
+) -> tuple[int, int]:
     """Write the archive of a cache, or the cache of an archive, into a new folder; returns the bytes of both.
 
     `level` is the compression, 1 (fast) to 9; going back it has no meaning. Every checksum is compared on the way.
@@ -45,15 +50,16 @@ def transcode(source: Path, out: Path, *, level: int = 5, advance: Advance = lam
     """
     if not 1 <= level <= 9:
         raise UserError(f"--level is {level}; give 1 (fast) to 9 (small)")
+    source, out = Path(path), Path(out_path)
     cache = ActivationCache.open(source, check=False)
     _refuse_inside(source, out)
     plan, granary = cache.plan, dict(cache.attributes)
     granary = {key: granary[key] for key in granary if key not in ("profile", "level", "crc32c")}
     granary |= {"status": HARVESTING} | ({} if cache.is_archive else {"profile": ARCHIVE, "level": level})
     if not (out / PLAN).exists():
-        _refuse_foreign(out)
-        for file in planner_files(plan):
-            _copy(source / file, out / file)
+        _refuse_foreign(out, plan)
+        for file, checksum in planner_files(plan).items():
+            _copy(source / file, out / file, checksum)
     create_folder(out, plan, seal(granary))
     n_before, n_after = 0, 0
     for shard in cache.shards:
@@ -83,7 +89,8 @@ def _write_shard(cache: ActivationCache, out: Path, shard: int, level: int) -> d
             partial, path = writer.open(file), cache.path / file
             if file not in activations:
                 data = path.read_bytes()
-                if f"{crc32c(data[:-CHECKSUM_BYTES]):08x}" != facts["crc32c"][0]:
+                checksum = crc32c(data[:-CHECKSUM_BYTES])
+                if f"{checksum:08x}" != facts["crc32c"][0] or data[-CHECKSUM_BYTES:] != checksum_bytes(checksum):
                     raise CacheDamaged(f"{path} fails its checksum; mend the cache first")
                 partial.write(data)
             elif cache.is_archive:
@@ -100,19 +107,26 @@ def _pack_file(
     plan, file = cache.plan, str(path.relative_to(cache.path).as_posix())
     wanted, sums, lengths = cache.records[shard]["files"][file]["crc32c"], [], []
     with path.open("rb") as source:
-        for chunk in range(chunks_in(plan, shard)):
-            rows = source.read(chunk_bytes(plan, hook))
-            if f"{crc32c(rows):08x}" != wanted[chunk]:
-                raise CacheDamaged(f"{path} fails its checksum in inner chunk {chunk}; mend the cache first")
-            data = pack(rows, level)
+        for data in pack_all(_sound_chunks(source, path, plan, hook, shard, wanted), level):
             partial.write(data)
             lengths.append(len(data))
             sums.append(f"{crc32c(data):08x}")
-        if source.read() != plain_index(plan, hook, shard):
-            raise CacheDamaged(f"{path} has a wrong index; mend the cache first")
     tail = shard_index(plan, lengths)
     partial.write(tail)
     return {"bytes": sum(lengths) + len(tail), "crc32c": sums}
+
+
+def _sound_chunks(
+    source: BinaryIO, path: Path, plan: Plan, hook: HookPlan, shard: int, sums: list[str]
+) -> Iterator[bytes]:
+    """The inner chunks of an activation file, each compared with its checksum, and last the index."""
+    for chunk in range(chunks_in(plan, shard)):
+        rows = source.read(chunk_bytes(plan, hook))
+        if f"{crc32c(rows):08x}" != sums[chunk]:
+            raise CacheDamaged(f"{path} fails its checksum in inner chunk {chunk}; mend the cache first")
+        yield rows
+    if source.read() != plain_index(plan, hook, shard):
+        raise CacheDamaged(f"{path} has a wrong index; mend the cache first")
 
 
 def _unpack_file(
@@ -138,20 +152,33 @@ def _refuse_inside(source: Path, out: Path) -> None:
         raise CacheConflict(f"{out} and {source} lie in each other; give another folder")
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Before the first file is written; `create_folder` looks more closely later."""
+def _refuse_foreign(out: Path, plan: Plan) -> None:
+    """Before the first file is written: nothing but what an unfinished copy of this cache left may be there."""
     if not out.exists():
         return
     begun = out.is_dir() and {e.name for e in out.iterdir() if not e.name.endswith(PARTIAL)} <= {INTERNAL}
-    if not begun and not is_ours(out):
+    same = all(not (out / file).exists() or _sha256(out / file) == sum_ for file, sum_ in planner_files(plan).items())
+    ours = is_ours(out) and read_root(out)["cache_id"] == plan.cache_id
+    if not (begun or ours) or not same:
         raise CacheConflict(f"{out} is there and is no unfinished copy of this cache; give a new or empty folder")
 
 
-def _copy(source: Path, target: Path) -> None:
-    size = source.stat().st_size
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy(source: Path, target: Path, checksum: str) -> None:
+    """Copy a planner's file unless it is there; raises CacheDamaged if it is not what the plan says."""
+    if target.exists():
+        return
+    size, digest = source.stat().st_size, hashlib.sha256()
     with disk_full_as_error(target, size, _GO_ON), source.open("rb") as file, Partial(target) as partial:
         while block := file.read(_BLOCK):
+            digest.update(block)
             partial.write(block)
+        if digest.hexdigest() != checksum:
+            raise CacheDamaged(f"{source} fails its SHA-256; mend the cache first")
         partial.sync()
         partial.replace()
         sync_folder(target.parent)

@@ -44,6 +44,7 @@ def test_info_says_what_a_cache_holds(path):
         "masked: each token replaced by '...' (token 7) with probability 0.3",
         "128 train + 22 held out",
         "3 of 3 committed",
+        "mean and m2 of",
         f'zarr.open("{path}")["layer_1/clean"]',
     ):
         assert words in done.stdout

@@ -50,7 +50,7 @@ def test_a_file_cut_to_any_length_is_refused_by_name(path, data):
     try:
         with pytest.raises(CacheError) as caught:
             ActivationCache.open(path)
-        assert Path(name).name in str(caught.value) or n_left == 0
+        assert Path(name).name in str(caught.value)
         assert "\n" not in str(caught.value)
     finally:
         (path / name).write_bytes(whole)
@@ -66,3 +66,21 @@ def test_a_missing_file_is_refused(path, data):
             ActivationCache.open(path)
     finally:
         (path / "away").rename(path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")  # numpy tries twice to make sense of a header
+def test_a_changed_header_of_the_planners_array_gives_no_traceback(path):
+    file = path / "_granary/windows.npy"
+    whole = file.read_bytes()
+    try:
+        for place in range(128):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+            try:
+                ActivationCache.open(path)  # what it does not notice, `verify` does by the SHA-256
+            except CacheError as error:
+                refusal = str(error)
+            else:
+                refusal = file.name
+            assert file.name in refusal
+    finally:
+        file.write_bytes(whole)
