@@ -9,7 +9,7 @@ from typing import Any
 from cache_spec.errors import DiskFull, UserError
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-_STOPPED = "stopped by Ctrl-C; what was finished is kept"
+_STOPPED = "stopped by Ctrl-C or a signal; what was finished is kept"
 _NO_ROOM = "make room or choose another folder, then run the command again"
 _NO_RIGHT = "choose another folder, or one that may be written, then run the command again"
 _ALWAYS = {  # what the system says no to, and what a user can do

@@ -163,12 +163,24 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
-    """Hold a lock file; a second process waits. A killed process lets go."""
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    """Hold a lock file, made with its folder if it is not there; a second process waits. A killed process lets go."""
+    fd = _locked(lock)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        os.close(fd)
+
+
+def _locked(lock: Path) -> int:
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the folder went between the two calls
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # 0: whoever held it has removed it, and somebody else may hold a new one
+            return fd
         os.close(fd)
 
 

@@ -172,7 +172,8 @@ def _check_documents(root: Path, plan: Plan) -> Iterator[Problem]:
     for name, document in zarr_documents(plan, _level(root)).items():
         file = f"{name}/{ROOT}"
         try:
-            same = read_json(root / file) == document
+            read_json(root / file)  # which says what is wrong with a file that is no JSON
+            same = (root / file).read_bytes() == readable_json(document)
         except CacheDamaged as error:
             yield Problem(file, str(error))
             continue
@@ -199,7 +200,7 @@ def _check_status(root: Path, plan: Plan, shards: list[int], records: dict[int, 
     try:
         granary = read_root(root)
         wanted = root_document(seal(granary), plan if granary["status"] != HARVESTING else None)
-        if granary["cache_id"] != plan.cache_id or read_json(root / ROOT) != wanted:
+        if granary["cache_id"] != plan.cache_id or (root / ROOT).read_bytes() != readable_json(wanted):
             yield Problem(ROOT, "does not describe what the plan says")
     except CacheDamaged as error:
         yield Problem(ROOT, str(error))
@@ -254,9 +255,10 @@ def raise_if_not_whole(path: str | Path, problems: list[Problem]) -> None:
     damaged = [problem.file for problem in problems if problem.kind == DAMAGED]
     if damaged:
         shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
-        raise CacheDamaged(
-            f"{path} is damaged in {shown}; to make a shard again delete its record in {RECORDS}/ and run the harvest"
-        )
+        mend = f"to make a shard again delete its record in {RECORDS}/ and run the harvest"
+        if _level(Path(path)):
+            mend = "an archive is not mended; transcode its cache again, or unpack what is whole"
+        raise CacheDamaged(f"{path} is damaged in {shown}; {mend}")
     for problem in problems:
         if problem.kind == UNFINISHED:
             raise CacheIncomplete(f"{path} is not finished ({problem.file} {problem.what}); run the same harvest again")

@@ -34,7 +34,7 @@ def harvest(
     attention: options.Attention = "auto",
     compile: options.Compile = False,
     batch_windows: options.BatchWindows = 0,
-    scale_factor: options.ScaleFactor = 0.0,
+    scale_factor: options.ScaleFactor = "0",
     shard: options.Shard = "",
     dry_run: options.DryRun = False,
 ) -> None:

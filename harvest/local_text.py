@@ -7,6 +7,7 @@ single `.txt`; a whole `.txt` of a folder.
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from cache_spec.errors import UserError
 KINDS = (".txt", ".jsonl", ".parquet")
 KINDS_SAID = "a .txt, .jsonl or .parquet (the first two also .gz or .zst)"
 _PACKED = (".gz", ".zst")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ROWS_AT_ONCE = 256  # of a parquet, made into strings
 
 
@@ -95,15 +97,18 @@ def _text_of(line: bytes, where: str) -> str:
         return checked_text(json.loads(line)["text"], where, "text")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text; convert the file") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where} is no JSON object with a field 'text'") from error
 
 
 def checked_text(value: Any, where: str, column: str) -> str:
-    """The value, if it is a string. Raises UserError that says where it stood."""
+    """The value, if it is a string of characters. Raises UserError that says where it stood."""
     if isinstance(value, str):
-        return value
-    found = "empty (null)" if value is None else f"{type(value).__name__}, not a string"
+        if not _LONE_SURROGATE.search(value):
+            return value
+        found = "no text: it holds half of a surrogate pair (such as \\ud800), which is no character"
+    else:
+        found = "empty (null)" if value is None else f"{type(value).__name__}, not a string"
     raise UserError(f"{where} has a '{column}' that is {found}; leave such rows out of the text")
 
 

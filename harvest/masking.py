@@ -78,14 +78,21 @@ def _random_tokens(
     return drawn[mask]
 
 
+def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of special tokens, in rising order: BOS, EOS, padding, unknown, and what was added as one (such as the
+    marks of a chat), which `all_special_ids` does not list."""
+    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return tuple(sorted({*tokenizer.all_special_ids, *added}))
+
+
 def special_tokens(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
-    """Which tokens are special (BOS, EOS, padding, unknown): bool of the same shape."""
-    return np.isin(tokens, tokenizer.all_special_ids)
+    """Which tokens are special: bool of the same shape."""
+    return np.isin(tokens, special_ids(tokenizer))
 
 
 def ordinary_tokens(tokenizer: Tokenizer) -> np.ndarray:
     """The ids of the vocabulary that are not special, in rising order."""
-    return _ordinary(tokenizer, len(tokenizer), tuple(tokenizer.all_special_ids))
+    return _ordinary(tokenizer, len(tokenizer), special_ids(tokenizer))
 
 
 @lru_cache(maxsize=4)  # a vocabulary takes longer to list than a batch to mask
@@ -93,6 +100,22 @@ def _ordinary(tokenizer: Tokenizer, n_vocab: int, special: tuple[int, ...]) -> n
     ids = np.asarray(sorted(tokenizer.get_vocab().values()))
     assert len(ids) <= n_vocab
     return np.setdiff1d(ids, special)
+
+
+def check_vocabulary(tokenizer: Tokenizer, name: str, n_vocab: int, variants: Sequence[VariantPlan]) -> None:
+    """Raises UserError if a variant would give the model an id beyond the `n_vocab` that it knows."""
+    random = any(variant.kind == "random" for variant in variants)
+    largest = int(ordinary_tokens(tokenizer)[-1]) if random else -1
+    masks = {variant.mask_string: variant.mask_token for variant in variants if variant.mask_token >= n_vocab}
+    for text, token in masks.items():
+        raise UserError(
+            f"--mask-string {text!r} has the id {token}, and {name} knows ids below {n_vocab}; take another string"
+        )
+    if largest >= n_vocab:
+        raise UserError(
+            f"--random-prob draws from a vocabulary with the id {largest}, and {name} knows ids below {n_vocab}; leave "
+            "it out for this model"
+        )
 
 
 def mask_token(tokenizer: Tokenizer, mask_string: str) -> int:

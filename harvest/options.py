@@ -89,7 +89,11 @@ Attention = Annotated[
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the layers: a minute to start, then faster.")]
 BatchWindows = Annotated[int, typer.Option(help="Windows run at once, each in all variants; 0 chooses.")]
 ScaleFactor = Annotated[
-    float, typer.Option(help="Activations are stored divided by this power of two; 0: found by a short pilot run.")
+    str,
+    typer.Option(
+        help="Activations are stored divided by this power of two; 0: found by a short pilot run. For one hook point "
+        "of several: resid_post.12=64."
+    ),
 ]
 Shard = Annotated[
     str,
@@ -119,7 +123,7 @@ class Options:
     random_prob: str = "0"
     context: int = 0
     held_out: float = 0.05
-    scale_factor: float = 0.0
+    scale_factor: str = "0"
     seed: int = 0
 
 
@@ -127,9 +131,7 @@ def check_options(options: Options) -> None:
     """What can be said before the model is loaded, which can take minutes. Raises UserError, naming the option."""
     if not 0 <= options.held_out <= 0.5:
         raise UserError(f"--held-out is {options.held_out}, and the held-out share of the text must be from 0 to 0.5")
-    scale = options.scale_factor
-    if scale and (scale < 0 or math.frexp(scale)[0] != 0.5):
-        raise UserError(f"--scale-factor is {scale:g}; give a power of two such as 16, or 0 to have it found")
+    parse_scales(options.scale_factor)
     if options.context and not 2 <= options.context <= MAX_WINDOW_TOKENS:
         raise UserError(f"--context is {options.context}; give 2 to {MAX_WINDOW_TOKENS:,} tokens, or 0 for the default")
     if options.mask_unit not in MASK_KINDS:
@@ -149,6 +151,24 @@ def parse_layers(layers: str) -> tuple[HookPoint, ...]:
     """Each hook point once, in the order given."""
     parts = layers.split(",") if layers.strip() else []
     return tuple(dict.fromkeys(map(HookPoint.parse, parts)))
+
+
+def parse_scales(text: str) -> dict[HookPoint | None, float]:
+    """`16` or `resid_post.12=64,mlp_out.12=2` -> the scale factor of each hook point named, None for all others."""
+    scales: dict[HookPoint | None, float] = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        try:
+            scale = float(number)
+        except ValueError:
+            scale = math.nan
+        if not (scale == 0 or (scale > 0 and math.frexp(scale)[0] == 0.5)):
+            raise UserError(
+                f"--scale-factor is {text}; give a power of two such as 16, one for a hook point such as "
+                "resid_post.12=64, or 0 to have it found"
+            )
+        scales[HookPoint.parse(name) if name else None] = scale
+    return scales
 
 
 def parse_probabilities(text: str, option: str) -> list[float]:

@@ -18,6 +18,7 @@ from harvest.reader import Reader
 from harvest.windows import Windows
 
 _HEADROOM = 4.0  # the pilot sees a small part of the text
+_LEAST_STORED = 1.0  # the largest value, as stored; fp16 rounds values below 6e-5 more and more coarsely
 _PILOT_TOKENS, _TOKENS_AT_ONCE = 4096, 1024  # of each variant
 _SPEED_BATCHES, _SPEED_SECONDS = 5, 3.0  # whichever is first; one batch at least
 
@@ -55,13 +56,21 @@ def scale_for(absmax: float) -> float:
     return 2.0 ** max(0, math.ceil(math.log2(max(absmax, 1.0) * _HEADROOM / FP16_MAX)))
 
 
-def check_scale(scale_factor: float, absmax: dict[HookPoint, float]) -> None:
-    """Raises UserError if the pilot's activations, divided by the scale factor asked for, are beyond fp16."""
+def check_scales(scale_factors: dict[HookPoint, float], absmax: dict[HookPoint, float]) -> None:
+    """Raises UserError if the pilot's activations, divided by the scale factor asked for (0: none was), are beyond
+    fp16, or so small that fp16 would hold little of them."""
     for point, largest in absmax.items():
-        if largest / scale_factor > FP16_MAX:
+        scale = scale_factors[point]
+        fits = f"give {point}={scale_for(largest):g}, or 0 to have one found"
+        if scale and largest / scale > FP16_MAX:
             raise UserError(
                 f"activations reach {largest:,.0f} at {point}, and fp16 ends at {FP16_MAX:,.0f}: --scale-factor "
-                f"{scale_factor:g} is too small, give {scale_for(largest):g}, or 0 to have one found"
+                f"{scale:g} is too small, {fits}"
+            )
+        if scale > 1 and largest / scale < _LEAST_STORED:
+            raise UserError(
+                f"activations reach {largest:,.4g} at {point} in a pilot run, and --scale-factor {scale:g} would store "
+                f"{largest / scale:.2g} of that, where fp16 loses the small ones; {fits}"
             )
 
 

@@ -188,7 +188,7 @@ def _refuse_unstorable(plan: Plan, shard: int, peaks: np.ndarray) -> None:
             raise UserError(
                 f"{hook.hook_point} reaches {peak:,.0f} in shard {shard}, and with the scale factor "
                 f"{hook.scale_factor:g} fp16 ends at {FP16_MAX * hook.scale_factor:,.0f}; harvest into a new --out "
-                f"with --scale-factor {scale_for(peak):g}"
+                f"with --scale-factor {hook.hook_point}={scale_for(peak):g}"
             )
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from cache_spec.errors import CacheConflict, UserError
 from cache_spec.hook_point import HookPoint
 from cache_spec.plan import SPEC_VERSION, HookPlan, Plan, VariantPlan, check_plan
+from harvest.masking import special_ids
 from harvest.model import LoadedModel, hf_name
 from harvest.options import MASK_KINDS
-from harvest.pilot import check_scale, largest_activations, scale_for
+from harvest.pilot import check_scales, largest_activations, scale_for
 from harvest.reader import Reader
 from harvest.request import Request
-from harvest.text import open_text, text_facts, text_id
+from harvest.text import open_text, text_bytes, text_facts, text_id
 from harvest.windows import TextTooShort, Windows, cut_windows, file_sha256
 
 CHUNK_ROWS = 1024
@@ -71,9 +72,9 @@ def outline(loaded: LoadedModel, request: Request) -> Plan:
                 tl_name=point.tl_name,
                 hf_name=hf_name(loaded, point),
                 d_model=loaded.d_model,
-                scale_factor=request.scale_factor or 1.0,
+                scale_factor=asked or 1.0,
             )
-            for point in request.hook_points
+            for point, asked in zip(request.hook_points, request.scale_factors, strict=True)
         ),
         variants=request.variants,
         window_tokens=request.window_tokens,
@@ -99,6 +100,7 @@ def make_plan(loaded: LoadedModel, reader: Reader, request: Request) -> tuple[Pl
     a scale factor that does not bring them within fp16.
     """
     plan = outline(loaded, request)
+    facts = text_facts(request.dataset)  # before the text is read: an edit meanwhile shows as another checksum
     text = open_text(request.dataset, request.seed)
     try:
         windows = cut_windows(
@@ -116,7 +118,7 @@ def make_plan(loaded: LoadedModel, reader: Reader, request: Request) -> tuple[Pl
     read = {
         "revision": text.revision,
         **_asked_revision(text.revision, request.dataset),
-        **text_facts(request.dataset),
+        **facts,
         "n_documents": windows.n_documents,
         "windows_sha256": file_sha256(windows.tokens),
         "window_docs_sha256": file_sha256(windows.docs),
@@ -126,11 +128,10 @@ def make_plan(loaded: LoadedModel, reader: Reader, request: Request) -> tuple[Pl
 
 def _scaled_hooks(plan: Plan, request: Request, absmax: dict[HookPoint, float]) -> tuple[HookPlan, ...]:
     """Each hook point with the scale that its pilot needs, or with the one asked for; and a line that says so."""
-    if request.scale_factor:
-        check_scale(request.scale_factor, absmax)
+    check_scales(dict(zip(request.hook_points, request.scale_factors, strict=True)), absmax)
     hooks = tuple(
-        replace(hook, scale_factor=request.scale_factor or scale_for(absmax[point]))
-        for hook, point in zip(plan.hooks, request.hook_points, strict=True)
+        replace(hook, scale_factor=asked or scale_for(absmax[point]))
+        for hook, point, asked in zip(plan.hooks, request.hook_points, request.scale_factors, strict=True)
     )
     said = [
         f"{hook.hook_point} reaches {absmax[point]:,.4g}, stored / {hook.scale_factor:g}"
@@ -144,7 +145,7 @@ def differences(plan: Plan, loaded: LoadedModel, request: Request) -> list[str]:
     """Where a cache's plan is not what was asked, as the options that say so; empty if the harvest can go on.
 
     The model is known by its revision, wherever its folder is now; the text by its name and, while its files are
-    there, by their checksum. Its tokens are kept beside the plan, so neither a hub nor the text is needed again.
+    there, by their size. Its tokens are kept beside the plan, so neither a hub nor the text is needed again.
     Raises CacheConflict for a plan of an older format, whose shards this granary no longer writes.
     """
     if plan.spec_version != SPEC_VERSION:
@@ -152,7 +153,9 @@ def differences(plan: Plan, loaded: LoadedModel, request: Request) -> list[str]:
             f"the cache there was begun in format {plan.spec_version} and this granary writes {SPEC_VERSION}; read it "
             "as it is, finish it with the granary that began it, or choose another --out"
         )
-    scales = sorted({hook.scale_factor for hook in plan.hooks})
+    scales = [hook.scale_factor for hook in plan.hooks]
+    # With other --layers there is nothing to compare, and that is said.
+    asked_scales = request.scale_factors if len(scales) == len(request.scale_factors) else scales
     pairs = {
         **_model_pairs(plan.model, _model_facts(loaded)),
         "the tokenizer": (plan.tokenizer["sha256"][:12], _tokenizer_facts(loaded)["sha256"][:12]),
@@ -162,7 +165,7 @@ def differences(plan: Plan, loaded: LoadedModel, request: Request) -> list[str]:
         "--context": (plan.window_tokens, request.window_tokens),
         "--held-out": (plan.source.get("held_out"), float(request.held_out)),
         "--seed": (plan.seed, request.seed),
-        "--scale-factor": (scales, [request.scale_factor] if request.scale_factor else scales),
+        "--scale-factor": (scales, [asked or old for asked, old in zip(asked_scales, scales, strict=True)]),
         **_variant_pairs(plan.variants, request.variants),
     }
     unlike = [
@@ -206,13 +209,11 @@ def _other_text(plan: Plan, dataset: str) -> list[str]:
     source, asked = plan.source, dataset.partition("@")[2]
     if source.get("revision") and not _means(asked, source):
         return [f"--dataset at revision {source['revision'][:12]}, not {asked}"]
-    facts = text_facts(dataset) if "text_sha256" in source else {}
+    # Only the size: its tokens are kept with the plan, so hashing a terabyte again would say nothing that matters.
+    facts = text_bytes(dataset) if "text_bytes" in source else {}
     if {key: source[key] for key in facts} == facts:
         return []
-    return [
-        f"--dataset of {source['text_bytes']:,} bytes with SHA-256 {source['text_sha256'][:12]}, "
-        f"not of {facts['text_bytes']:,} with {str(facts['text_sha256'])[:12]}"
-    ]
+    return [f"--dataset of {source['text_bytes']:,} bytes, not of {facts['text_bytes']:,}"]
 
 
 def _means(asked: str, source: dict[str, Any]) -> bool:
@@ -265,8 +266,11 @@ def _model_facts(loaded: LoadedModel) -> dict[str, str | int]:
 
 
 def _tokenizer_facts(loaded: LoadedModel) -> dict[str, str]:
-    vocabulary = json.dumps(loaded.tokenizer.get_vocab(), sort_keys=True)
-    return {"id": loaded.name, "sha256": hashlib.sha256(vocabulary.encode()).hexdigest()}
+    """With every id that decides which tokens are special, masked or begin a window."""
+    tokenizer = loaded.tokenizer
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    facts = json.dumps([tokenizer.get_vocab(), special_ids(tokenizer), ends], sort_keys=True)
+    return {"id": loaded.name, "sha256": hashlib.sha256(facts.encode()).hexdigest()}
 
 
 def _short(value: Any) -> str:

@@ -6,9 +6,9 @@ from cache_spec.counts import parse_count
 from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
 from cache_spec.plan import MAX_WINDOW_TOKENS, VariantPlan
-from harvest.masking import mask_token
+from harvest.masking import check_vocabulary, mask_token
 from harvest.model import LoadedModel, defaults, hf_name
-from harvest.options import MASK_KINDS, Options, check_options, parse_layers, parse_probabilities
+from harvest.options import MASK_KINDS, Options, check_options, parse_layers, parse_probabilities, parse_scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Request:
     n_tokens: int  # rows of each variant
     window_tokens: int
     held_out: float  # share of the rows that comes from documents kept from training
-    scale_factor: float  # 0: found by a pilot run
+    scale_factors: tuple[float, ...]  # one a hook point; 0: found by a pilot run
     seed: int
 
 
@@ -36,14 +36,17 @@ def make_request(loaded: LoadedModel, model: str, options: Options) -> Request:
     window_tokens = options.context or min(known.window_tokens, longest)
     if not 2 <= window_tokens <= longest:
         raise UserError(f"--context is {window_tokens}, and {loaded.name} takes windows of 2 to {longest} tokens")
+    hook_points = _hook_points(loaded, options.layers or known.layers)
+    variants = _variants(loaded, options)
+    check_vocabulary(loaded.tokenizer, loaded.name, loaded.vocab_size, variants)
     return Request(
         dataset=options.dataset or known.dataset,
-        hook_points=_hook_points(loaded, options.layers or known.layers),
-        variants=_variants(loaded, options),
+        hook_points=hook_points,
+        variants=variants,
         n_tokens=parse_count(options.tokens, "--tokens"),
         window_tokens=window_tokens,
         held_out=options.held_out,
-        scale_factor=float(options.scale_factor),
+        scale_factors=_scale_factors(options.scale_factor, hook_points),
         seed=options.seed,
     )
 
@@ -58,6 +61,13 @@ def _hook_points(loaded: LoadedModel, layers: str) -> tuple[HookPoint, ...]:
     for point in points:
         hf_name(loaded, point)  # refuses a layer that the model lacks
     return points
+
+
+def _scale_factors(text: str, hook_points: tuple[HookPoint, ...]) -> tuple[float, ...]:
+    given = parse_scales(text)
+    if unknown := [point for point in given if point is not None and point not in hook_points]:
+        raise UserError(f"--scale-factor names {unknown[0]}, which --layers does not; name hook points that it does")
+    return tuple(given.get(point, given.get(None, 0.0)) for point in hook_points)
 
 
 def _variants(loaded: LoadedModel, options: Options) -> tuple[VariantPlan, ...]:

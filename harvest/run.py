@@ -14,10 +14,10 @@ from cache_spec.commit import write_shard
 from cache_spec.create import create_cache, finalize_cache
 from cache_spec.errors import CacheConflict, UserError
 from cache_spec.files import exclusive
-from cache_spec.layout import INTERNAL, LOCK, PLAN, record_file
+from cache_spec.layout import INTERNAL, LOCK, PLAN, archive_level, record_file
 from cache_spec.plan import Plan
 from cache_spec.progress import Progress
-from cache_spec.state import committed_shards, is_ours, read_plan, recorded_shards
+from cache_spec.state import committed_shards, is_ours, read_plan, read_root, recorded_shards
 from harvest.forecast import forecast, print_forecast, refuse_if_full, size
 from harvest.model import LoadedModel
 from harvest.pilot import model_speed
@@ -29,6 +29,7 @@ from harvest.request import Request
 from harvest.shard import prepare_shard
 from harvest.share import Share
 from harvest.stopping import Stop, catch_stops
+from harvest.text import check_dataset
 from harvest.windows import Windows, open_windows, save_windows
 
 # Over all variants. Measured on the tiny model: a CPU is fastest while one batch stays in its caches.
@@ -89,8 +90,14 @@ def _planned_before(loaded: LoadedModel, request: Request, out: Path) -> Plan | 
     """The plan of an earlier run of the same command, or of another process, if there is one."""
     if not (out / PLAN).exists():
         _refuse_foreign(out)
+        check_dataset(request.dataset)
         return None
     plan = read_plan(out)
+    if archive_level(read_root(out)):
+        raise CacheConflict(
+            f"{out} is a compressed archive; `python -m cache_spec transcode {out} NEW_FOLDER` makes a cache of it "
+            "that a harvest can go on with, or choose another --out"
+        )
     if unlike := differences(plan, loaded, request):
         raise CacheConflict(
             f"{out} holds a cache of another plan ({'; '.join(unlike)}); "
@@ -101,6 +108,10 @@ def _planned_before(loaded: LoadedModel, request: Request, out: Path) -> Plan | 
 
 def _refuse_foreign(out: Path) -> None:
     """Before the text is read, which can take minutes; `create_cache` looks more closely later."""
+    if out.is_symlink() and not out.exists():
+        raise CacheConflict(
+            f"{out} is a link to {out.readlink()}, which is not there; make that folder or mend the link"
+        )
     if out.exists() and not out.is_dir():
         raise CacheConflict(f"{out} is a file; give a folder that is new or empty with --out")
     if (above := next((folder for folder in out.parents if folder.exists()), None)) and not above.is_dir():
@@ -139,7 +150,6 @@ def _alone(out: Path) -> Iterator[None]:
     """While inside, no other process plans this cache. Planning that fails leaves no new folder behind."""
     new = [folder for folder in (out / INTERNAL, out, *out.parents) if not folder.exists()]
     lock = out / LOCK
-    lock.parent.mkdir(parents=True, exist_ok=True)
     _say_if_locked(lock)
     with ExitStack() as undo, exclusive(lock):
         undo.callback(_remove_unused, lock, new)
@@ -148,7 +158,9 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _say_if_locked(lock: Path) -> None:
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    if not lock.exists():
+        return
+    fd = os.open(lock, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

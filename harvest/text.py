@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cache_spec.errors import UserError
 from harvest import embedded
-from harvest.hub_name import PRESETS, hub_id, parse_hub_name
+from harvest.hub_name import PRESETS, HubName, hub_id, parse_hub_name
 from harvest.local_text import KINDS_SAID, kind_of, local_documents, text_files
 
 EMBEDDED = "embedded"
@@ -29,22 +29,33 @@ def open_text(dataset: str, seed: int) -> Text:
     of a preset means the preset; `./pile` is a folder. Raises UserError for text that is not there or not readable,
     some of it only while the documents are read.
     """
+    name = check_dataset(dataset)
     if dataset == EMBEDDED:
         return Text(id=EMBEDDED, revision="", documents=embedded.documents(seed))
+    if name is None:
+        return Text(id=text_id(dataset), revision="", documents=local_documents(Path(dataset)))
+    # `datasets` takes most of a second to import, and no other source needs it.
+    from harvest.hub_text import open_hub_text
+
+    revision, documents = open_hub_text(name, dataset.partition("@")[2])
+    return Text(id=text_id(dataset), revision=revision, documents=documents)
+
+
+def check_dataset(dataset: str) -> HubName | None:
+    """Which hub data set it names, None for a text that is here. Looks at no hub and reads nothing.
+
+    Raises UserError for a text that is neither.
+    """
     path = Path(dataset)
-    if not _is_preset(dataset) and path.exists():
-        return Text(id=text_id(dataset), revision="", documents=local_documents(path))
+    if dataset == EMBEDDED or (not _is_preset(dataset) and path.exists()):
+        return None
     name = parse_hub_name(dataset)
     if name is None or kind_of(path):
         raise UserError(
             f"there is no text at {dataset}; give {KINDS_SAID}, a folder of them, a hub data set (owner/name), "
             f"a preset ({', '.join(PRESETS)}) or {EMBEDDED}"
         )
-    # `datasets` takes most of a second to import, and no other source needs it.
-    from harvest.hub_text import open_hub_text
-
-    revision, documents = open_hub_text(name, dataset.partition("@")[2])
-    return Text(id=text_id(dataset), revision=revision, documents=documents)
+    return name
 
 
 def text_id(dataset: str) -> str:
@@ -63,17 +74,21 @@ def text_facts(dataset: str) -> dict[str, int | str]:
 
     Empty for the embedded language, for a hub data set (its revision says the same), and for a text that is not there.
     """
+    path, facts = Path(dataset), text_bytes(dataset)
+    if not facts:
+        return {}
+    if path.is_file():
+        return {**facts, "text_sha256": _sha256(path)}
+    lines = [f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in text_files(path)]
+    return {**facts, "text_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+
+
+def text_bytes(dataset: str) -> dict[str, int]:
+    """The size alone, without reading it; empty where `text_facts` is."""
     path = Path(dataset)
     if dataset == EMBEDDED or _is_preset(dataset) or not path.exists():
         return {}
-    if path.is_file():
-        return {"text_bytes": path.stat().st_size, "text_sha256": _sha256(path)}
-    files = text_files(path)
-    lines = [f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
-    return {
-        "text_bytes": sum(file.stat().st_size for file in files),
-        "text_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
-    }
+    return {"text_bytes": sum(file.stat().st_size for file in ([path] if path.is_file() else text_files(path)))}
 
 
 def _is_preset(dataset: str) -> bool:

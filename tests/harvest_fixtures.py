@@ -88,9 +88,10 @@ def write_text(path: Path, n_documents: int, seed: int = 0) -> Path:
 
 
 def options(**changes) -> Options:
-    """The command's options with a small harvest in mind; probabilities may be numbers."""
+    """The command's options with a small harvest in mind; probabilities and scale factors may be numbers."""
     small = Options(layers="1", tokens="6144", context=32, held_out=0.2)
-    texts = {name: str(value) for name, value in changes.items() if name in ("mask_prob", "random_prob")}
+    numbers = ("mask_prob", "random_prob", "scale_factor")
+    texts = {name: str(value) for name, value in changes.items() if name in numbers}
     return replace(small, **{**changes, **texts})
 
 

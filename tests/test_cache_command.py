@@ -45,7 +45,7 @@ def test_a_disk_that_says_no_is_one_sentence(number, capsys):
     assert text.count("\n") == 1
 
 
-STOPPED = "error: stopped by Ctrl-C; what was finished is kept"
+STOPPED = "error: stopped by Ctrl-C or a signal; what was finished is kept"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130)])

@@ -80,6 +80,18 @@ def test_a_changed_bit_anywhere_is_found(whole, data):
         (whole / name).write_bytes(original)
 
 
+@pytest.mark.parametrize("other", [b"\t", b"\r", b"  "])
+def test_a_document_with_other_white_space_is_found_though_it_says_the_same(whole, other):
+    for file in [*whole.rglob("*.json")]:
+        original = file.read_bytes()
+        place = original.index(b"\n ") + 1
+        try:
+            file.write_bytes(original[:place] + other + original[place + 1 :])
+            assert kinds(verify_cache(whole))[file.relative_to(whole).as_posix()] == "damaged"
+        finally:
+            file.write_bytes(original)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_cut_or_grown_file_is_found(whole, data):

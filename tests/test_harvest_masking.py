@@ -9,7 +9,7 @@ import pytest
 from harvest_fixtures import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cache_spec import UserError, VariantPlan
@@ -159,6 +159,18 @@ def test_special_and_ordinary_tokens_share_out_the_vocabulary():
     assert set(TOKENIZER.convert_ids_to_tokens(special.tolist())) == {"<bos>", "<eos>", "<unk>"}
     assert sorted([*special, *ordinary_tokens(TOKENIZER)]) == list(every)
     assert MASK in ordinary_tokens(TOKENIZER)
+
+
+def test_what_was_added_as_special_is_special_and_no_ordinary_token():
+    """Like the marks of a chat, which `all_special_ids` does not list."""
+    tokenizer = make_tokenizer("gpt_neox")
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True), AddedToken("plain", special=False)])
+    turn, plain = tokenizer.convert_tokens_to_ids(["<|turn|>", "plain"])
+    assert special_tokens(tokenizer, np.array([turn, plain])).tolist() == [True, False]
+    assert turn not in ordinary_tokens(tokenizer)
+    assert plain in ordinary_tokens(tokenizer)
+    _, masks = window_inputs(tokenizer, ALL_KINDS, 0, np.arange(4), np.full((4, 16), turn))
+    assert not masks.any()
 
 
 def test_a_mask_string_of_one_token_is_found():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cache_spec import FP16_MAX, HookPoint, UserError
 from harvest import pilot
 from harvest.model import load_model
-from harvest.pilot import check_scale, largest_activations, model_speed, scale_for
+from harvest.pilot import check_scales, largest_activations, model_speed, scale_for
 from harvest.planning import make_plan, outline
 from harvest.reader import Reader, open_reader
 
@@ -62,8 +62,8 @@ def test_a_pilot_scales_only_the_hook_points_that_need_it(tmp_path, text):
     plan, _ = plan_of(loaded, text, layers="0,1")
     assert plan.hooks[0].scale_factor == 1.0
     assert plan.hooks[1].scale_factor >= 4.0
-    given_scale, _ = plan_of(loaded, text, layers="0,1", scale_factor=1024.0)
-    assert [hook.scale_factor for hook in given_scale.hooks] == [1024.0, 1024.0]
+    given_scale, _ = plan_of(loaded, text, layers="1", scale_factor=1024.0)
+    assert [hook.scale_factor for hook in given_scale.hooks] == [1024.0]
 
 
 def test_a_scale_factor_that_is_too_small_is_refused_with_one_that_is_not(tmp_path, text):
@@ -71,16 +71,31 @@ def test_a_scale_factor_that_is_too_small_is_refused_with_one_that_is_not(tmp_pa
     loaded.model.get_parameter("gpt_neox.layers.1.mlp.dense_4h_to_h.weight").mul_(1e6)
     with pytest.raises(UserError, match=r"activations reach [\d,]+ at resid_post\.1, .* --scale-factor 1 is") as caught:
         plan_of(loaded, text, layers="0,1", scale_factor=1.0)
-    advised = float(str(caught.value).split("give ")[1].split(",")[0])
-    assert {hook.scale_factor for hook in plan_of(loaded, text, layers="0,1", scale_factor=advised)[0].hooks} == {
-        advised
-    }
+    advised = str(caught.value).split("give ")[1].split(",")[0]
+    scales = [hook.scale_factor for hook in plan_of(loaded, text, layers="0,1", scale_factor=advised)[0].hooks]
+    assert scales == [1.0, float(advised.partition("=")[2])]
 
 
 def test_a_scale_that_just_fits_is_enough():
-    check_scale(2.0, {HookPoint("resid_post", 0): 2 * FP16_MAX})
-    with pytest.raises(UserError, match="give 16, or 0"):
-        check_scale(2.0, {HookPoint("resid_post", 0): 2 * FP16_MAX + 1})
+    point = HookPoint("resid_post", 0)
+    check_scales({point: 2.0}, {point: 2 * FP16_MAX})
+    with pytest.raises(UserError, match=r"give resid_post\.0=16, or 0"):
+        check_scales({point: 2.0}, {point: 2 * FP16_MAX + 1})
+
+
+def test_a_scale_that_leaves_nothing_of_the_activations_is_refused():
+    point = HookPoint("resid_post", 0)
+    check_scales({point: 16.0}, {point: 16.0})
+    with pytest.raises(UserError, match=r"--scale-factor 32 would store 0\.5 of that, .*; give resid_post\.0=1, or 0"):
+        check_scales({point: 32.0}, {point: 16.0})
+    check_scales({point: 1.0}, {point: 0.01})  # nothing is divided
+
+
+def test_each_hook_point_may_have_a_scale_of_its_own(loaded, text):
+    plan, _ = plan_of(loaded, text, layers="0,1", scale_factor="resid_post.1=4")
+    assert [hook.scale_factor for hook in plan.hooks] == [1.0, 4.0]
+    plan, _ = plan_of(loaded, text, layers="0,1", scale_factor="2,layers.1=4")
+    assert [hook.scale_factor for hook in plan.hooks] == [2.0, 4.0]
 
 
 def test_the_pilot_sees_every_variant(loaded, text, monkeypatch):

@@ -242,9 +242,17 @@ def test_every_token_of_every_variant_is_counted_once():
 @pytest.mark.parametrize(
     ("value", "scale", "message"),
     [
-        (70000.0, 1.0, "reaches 70,000 in shard 1, .* scale factor 1 fp16 ends at 65,504; .* --scale-factor 8$"),
-        (-70000.0, 1.0, "reaches 70,000 in shard 1, .* --scale-factor 8$"),
-        (3e6, 16.0, "reaches 3,000,000 in shard 1, .* scale factor 16 fp16 ends at 1,048,064; .* --scale-factor 256$"),
+        (
+            70000.0,
+            1.0,
+            "reaches 70,000 in shard 1, .* scale factor 1 fp16 ends at 65,504; .* resid_post.1=8$",
+        ),
+        (-70000.0, 1.0, "reaches 70,000 in shard 1, .* --scale-factor resid_post.1=8$"),
+        (
+            3e6,
+            16.0,
+            "reaches 3,000,000 in shard 1, .* 16 fp16 ends at 1,048,064; .* --scale-factor resid_post.1=256$",
+        ),
         (float("nan"), 1.0, "gives infinite or NaN activations at resid_post.1 in shard 1"),
         (float("-inf"), 1.0, "gives infinite or NaN activations at resid_post.1 in shard 1"),
     ],

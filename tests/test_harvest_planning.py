@@ -142,7 +142,7 @@ def test_a_scale_that_the_pilot_found_for_each_hook_point_is_not_one_that_was_as
     plan = replace(plan, hooks=(plan.hooks[0], replace(plan.hooks[1], scale_factor=4.0)))
     assert differences(plan, loaded, request_for(loaded, text, layers="0,1")) == []
     asked = request_for(loaded, text, layers="0,1", scale_factor=1.0)
-    assert differences(plan, loaded, asked) == ["--scale-factor 1.0,4.0, not 1.0"]
+    assert differences(plan, loaded, asked) == ["--scale-factor 1.0,4.0, not 1.0,1.0"]
 
 
 def test_a_plan_differs_for_another_text_or_model(loaded, text, planned, tmp_path):
@@ -228,3 +228,16 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, text):
     (tmp_path / "text.txt").write_text("\n\n".join([*random_documents(400), "w99 w99"] * 2))
     with pytest.raises(UserError, match="mixes files of two models"):
         make_plan(loaded, request_for(loaded, tmp_path / "text.txt", tokens="20k"))
+
+
+@pytest.mark.parametrize("change", [{"pad_token": "w1"}, {"additional": "w2"}, {"bos_token": "w3"}])
+def test_other_special_tokens_make_another_tokenizer(tmp_path, text, change):
+    """They decide which tokens are masked and flagged, in shards that are still to be made."""
+    loaded = load_model(str(save_model(tmp_path)))
+    plan, _ = make_plan(loaded, request_for(loaded, text))
+    if "additional" in change:
+        loaded.tokenizer.add_special_tokens({"additional_special_tokens": [change["additional"]]})
+    else:
+        loaded.tokenizer.add_special_tokens(change)
+    (said,) = differences(plan, loaded, request_for(loaded, text))
+    assert said.startswith("the tokenizer ")

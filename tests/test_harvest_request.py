@@ -48,6 +48,8 @@ BEFORE_THE_MODEL = [
     ({"scale_factor": -2.0}, "--scale-factor is -2"),
     ({"scale_factor": float("inf")}, "--scale-factor is inf"),
     ({"scale_factor": float("nan")}, "--scale-factor is nan"),
+    ({"scale_factor": "resid_post.1=5"}, "--scale-factor is resid_post.1=5; give a power of two"),
+    ({"scale_factor": "many"}, "--scale-factor is many"),
     ({"tokens": "lots"}, "--tokens is 'lots'"),
     ({"tokens": "-1"}, "--tokens is '-1'"),
 ]
@@ -57,6 +59,7 @@ WITH_THE_MODEL = [
     ({"layers": ""}, "--layers is missing, .* 3 layers, numbered 0 to 2"),
     ({"mask_string": "w1 w2"}, "--mask-string 'w1 w2' must be one token .* 2 tokens; these are one: .*'w1'"),
     ({"mask_string": ""}, "--mask-string '' must be one token"),
+    ({"scale_factor": "resid_post.2=4"}, "--scale-factor names resid_post.2, which --layers does not"),
     ({"context": 65}, "--context is 65, and .* takes windows of 2 to 64 tokens"),
 ]
 
@@ -73,6 +76,17 @@ def test_an_option_that_does_not_suit_the_model_is_named(loaded, change, said):
     with pytest.raises(UserError, match=said) as caught:
         make_request(loaded, loaded.name, options(**change))
     assert "\n" not in str(caught.value)
+
+
+def test_an_id_that_the_model_does_not_know_is_refused_in_every_variant(loaded):
+    """Some tokenizers are larger than their model (Gemma 3's by one image token)."""
+    small = dataclasses.replace(loaded, vocab_size=len(loaded.tokenizer) - 1)
+    last = loaded.tokenizer.convert_ids_to_tokens(small.vocab_size)
+    assert make_request(small, small.name, options()).variants
+    with pytest.raises(UserError, match=f"--mask-string '{last}' has the id {small.vocab_size}, .* ids below"):
+        make_request(small, small.name, options(mask_string=last))
+    with pytest.raises(UserError, match=f"--random-prob draws from .* the id {small.vocab_size}"):
+        make_request(small, small.name, options(random_prob=0.1))
 
 
 @given(st.text(max_size=12) | st.text("0123456789.,e- \n", max_size=12))

@@ -135,9 +135,9 @@ def test_scaled_activations_are_stored_divided(models, text, tmp_path):
     loaded = models["gpt_neox"]
     plain, scaled = tmp_path / "plain", tmp_path / "scaled"
     run.harvest(loaded, request_for(loaded, text), plain)
-    run.harvest(loaded, request_for(loaded, text, scale_factor=16.0), scaled)
+    run.harvest(loaded, request_for(loaded, text, scale_factor=8.0), scaled)
     first, second = (ActivationCache.open(path).activations("layer_1", "clean", 0) for path in (plain, scaled))
-    np.testing.assert_allclose(second.astype(np.float32) * 16, first.astype(np.float32), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(second.astype(np.float32) * 8, first.astype(np.float32), rtol=1e-3, atol=1e-3)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(models, text, tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_another_text_of_the_same_name_is_refused_while_it_is_there(models, tmp_
     run.harvest(loaded, request_for(loaded, first), out)
     before = files_of(out)
     assert text_facts(str(first)).items() <= ActivationCache.open(out).plan.source.items()
-    with pytest.raises(CacheConflict, match=r"another plan \(--dataset of [\d,]+ bytes with SHA-256 \w{12}, not of"):
+    with pytest.raises(CacheConflict, match=r"another plan \(--dataset of [\d,]+ bytes, not of"):
         run.harvest(loaded, request_for(loaded, second), out)
     assert files_of(out) == before
     run.harvest(loaded, request_for(loaded, first), out)

@@ -146,6 +146,8 @@ def test_the_documents_of_a_jsonl_are_its_text_fields(tmp_path):
         ("[1]", "no JSON object"),
         ('{"text": 3}', "is int"),
         ('{"text": null}', "is empty"),
+        ('{"text": "half \\ud800 a pair"}', "half of a surrogate pair"),
+        ("[" * 100_000, "no JSON object"),
     ],
 )
 def test_a_wrong_line_of_a_jsonl_is_named(tmp_path, line, fault):
