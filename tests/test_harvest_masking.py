@@ -9,7 +9,7 @@ import pytest
 from harvest_fixtures import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cache_spec import UserError, VariantPlan
@@ -164,8 +164,9 @@ def test_special_and_ordinary_tokens_share_out_the_vocabulary():
 def test_what_was_added_as_special_is_special_and_no_ordinary_token():
     """Like the marks of a chat, which `all_special_ids` does not list."""
     tokenizer = make_tokenizer("gpt_neox")
-    tokenizer.add_tokens([AddedToken("<|turn|>", special=True), AddedToken("plain", special=False)])
-    turn, plain = tokenizer.convert_tokens_to_ids(["<|turn|>", "plain"])
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+    tokenizer.add_tokens(["plain"])
+    turn, plain = (tokenizer.convert_tokens_to_ids(token) for token in ("<|turn|>", "plain"))
     assert special_tokens(tokenizer, np.array([turn, plain])).tolist() == [True, False]
     assert turn not in ordinary_tokens(tokenizer)
     assert plain in ordinary_tokens(tokenizer)
