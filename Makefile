@@ -26,6 +26,8 @@ K ?=
 D_SAE ?=
 MASKED_FRACTION ?= 0,0.5
 SEEDS ?= 0
+PRESET ?=
+TRACK ?=
 RUNS ?= runs
 OUT ?=
 
@@ -72,13 +74,14 @@ harvest: setup  ## MODEL= [DATASET= LAYERS= TOKENS= MASK_PROB= MASK_STRING= MASK
 		$(if $(SHARD),--shard $(SHARD)) $(if $(DEVICE),--device $(DEVICE)) $(if $(DRY_RUN),--dry-run) \
 		--out '$(or $(OUT),caches/$(notdir $(MODEL)).zarr)'
 
-train: setup  ## ARCH= [CACHE= K= D_SAE= MASKED_FRACTION= SEEDS= TOKENS= OUT=]: train SAEs from a cache
+train: setup  ## ARCH= [CACHE= K= D_SAE= MASKED_FRACTION= SEEDS= TOKENS= PRESET=paper TRACK= DEVICE= OUT=]: train SAEs from a cache
 	$(PY) -m train --cache '$(or $(CACHE),caches/$(notdir $(MODEL)).zarr)' --arch $(ARCH) $(if $(K),--k $(K)) \
 		$(if $(D_SAE),--d-sae $(D_SAE)) --masked-fraction $(MASKED_FRACTION) --seed $(SEEDS) \
-		$(if $(TOKENS),--tokens $(TOKENS)) --resume --out '$(or $(OUT),runs)'
+		$(if $(TOKENS),--tokens $(TOKENS)) $(if $(PRESET),--preset $(PRESET)) $(if $(TRACK),--track $(TRACK)) \
+		$(if $(DEVICE),--device $(DEVICE)) --resume --out '$(or $(OUT),runs)'
 
-evaluate: setup  ## [RUNS=]: measure the runs, write report.html
-	$(PY) -m evaluate '$(RUNS)'
+evaluate: setup  ## [RUNS= DEVICE=]: measure the runs, write report.html
+	$(PY) -m evaluate '$(RUNS)' $(if $(DEVICE),--device $(DEVICE))
 
 test: setup  ## all tests, offline
 	$(PY) -m pytest
@@ -95,7 +98,8 @@ format: setup  ## let ruff rewrite what it can
 test-compat: setup  ## load a run in SAELens, in an environment of its own (.venv-compat)
 	$(PY) -m benchmarks.saelens_compat
 
-bench: setup  ## size of the code; harvest against the bare model; from git clone to the report
+bench: setup  ## size of the code; harvest against the bare model; loaders; from git clone to the report
 	$(PY) -m benchmarks.size
 	$(PY) -m benchmarks.harvest
+	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.demo

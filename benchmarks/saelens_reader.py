@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 
 
 def main(run: str, rows: str, out: str) -> None:
-    """Encode and decode the rows with the SAE that SAELens reads from a run's folder; write both."""
+    """Encode the rows with the SAE that SAELens reads from a run's folder, and run them through it; write both."""
     sae = SAE.load_from_disk(run, device="cpu")
-    features = sae.encode(load_file(rows)["x"])
-    save_file({"features": features.detach(), "decoded": sae.decode(features).detach()}, out)
+    x = load_file(rows)["x"]
+    save_file({"features": sae.encode(x).detach(), "made": sae(x).detach()}, out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from evaluate.measuring import REPORT, Measured, measure
 from evaluate.names import Metric, available, find
 from evaluate.page import render
 from evaluate.report import overall_report
-from evaluate.runs import RUN_FILE, RunsIncomplete, find_runs
+from evaluate.runs import RUN_FILE, RunsIncomplete, find_runs, reasons
 from train.reading import read_device
 
 PAGE = "report.html"
@@ -21,19 +21,19 @@ def run(folder: Path, *, metrics: str, cache: Path | None, device: str, out: Pat
     chosen = choose_metrics(metrics)
     read_device(device)  # a wrong one is said before anything is read
     check_folder(out)
-    complete, unfinished = find_runs(folder)
-    for name in unfinished:
-        print(f"note: left out {name}, whose training is not finished (python -m train --resume finishes it)")
+    complete, left_out = find_runs(folder)
+    for name, why in left_out.items():
+        print(f"note: left out {name}: {why}")
     measured = measure(complete, chosen, cache=cache, device=device, seed=seed)
-    measured.missing.extend(f"{name}: its training is not finished" for name in unfinished)
+    measured.missing.extend(f"{name}: {why}" for name, why in left_out.items())
     alone = (folder / RUN_FILE).is_file() and out.resolve() == folder.resolve()
     write_reports(measured, chosen, out, with_json=not alone)
     if alone:
         print(f"{folder} is one run: its {REPORT} is its own, and there is none over all runs")
-    if unfinished:
+    if left_out:
         raise RunsIncomplete(
-            f"{len(unfinished)} of {len(complete) + len(unfinished)} runs in {folder} are not finished and not in the "
-            "report; run the same python -m train with --resume, then evaluate again"
+            f"{len(left_out)} of {len(complete) + len(left_out)} runs in {folder} are not in the report; "
+            f"{reasons(left_out)}"
         )
 
 

@@ -8,7 +8,8 @@ from evaluate.runs import Run
 from evaluate.subject import Bench, Learned, Subject, matched_threshold
 from train import names
 from train.recipe import Recipe
-from train.sae import SparseAutoencoder, geometric_median, initialise
+from train.sae import SparseAutoencoder, geometric_median
+from train.step import new_sae
 
 MEDIAN_ROWS = 4096
 
@@ -17,12 +18,8 @@ def untrained_sae(run: Run, calibration: Rows) -> SparseAutoencoder:
     """The SAE that `run` started from: same architecture, size and seed, before its first step."""
     recipe: Recipe = getattr(names.find("architectures", run.arch), run.arch)(run.d_sae, run.k)
     x = calibration.x
-    sae = SparseAutoencoder(
-        x.shape[1], run.d_sae, recipe.activation, recipe.prefixes, subtract_b_dec=recipe.subtract_b_dec
-    )
-    initialise(sae, run.seed, entries=recipe.init_entries, norm=recipe.init_norm, threshold=recipe.init_threshold)
-    sae = sae.to(x.device)
-    if recipe.b_dec_from_data:
+    sae = new_sae(recipe, x.shape[1], run.d_sae, run.seed).to(x.device)
+    if recipe.init_b_dec == "median":
         with torch.no_grad():
             sae.b_dec.copy_(geometric_median(x[:MEDIAN_ROWS]))
     return sae

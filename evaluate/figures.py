@@ -35,7 +35,7 @@ class Scale:
 
     def ticks(self, n: int = 5) -> list[tuple[float, str]]:
         """Round values on the scale: (percent, text)."""
-        step = 10 ** math.floor(math.log10((self.high - self.low) / n))
+        step = 10.0 ** math.floor(math.log10((self.high - self.low) / n))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= n)
         values = np.arange(math.ceil(self.low / step), math.floor(self.high / step) + 1) * step
         digits = max(0, -math.floor(math.log10(step)))

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError
+from train.run_folder import COMPLETE, FAILED, failure_of
 
 RUN_FILE = "run.json"
-_SETTINGS = (("config", "penalties"), ("config", "lr"), ("data", "n_tokens"), ("data", "batch_size"))
+UNFINISHED = "not finished; run the same python -m train with --resume"
+TRANSCODER = "a transcoder, and the metrics compare an SAE with its own input"
+_SETTINGS = (
+    *(("config", name) for name in ("penalties", "lr", "resample_every", "decoder", "clip_norm", "calibrate")),
+    *(("data", name) for name in ("n_tokens", "batch_size")),
+)
 
 
 class RunsIncomplete(UserError):
@@ -36,10 +42,10 @@ class Run:
     settings: str = ""  # what else differs between the runs of the folder, such as "lr 0.001"
 
 
-def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """The complete runs in `folder` (itself a run, or with runs below it) and the names of the unfinished ones.
+def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
+    """The SAEs in `folder` (itself a run, or with runs below it), and why each of the others is left out, by name.
 
-    Raises UserError if there is nothing, RunsIncomplete (exit code 1) if nothing is complete.
+    Raises UserError if there is nothing, RunsIncomplete (exit code 1) if nothing can be measured.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder that python -m train wrote with --out")
@@ -47,23 +53,39 @@ def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
     if not files:
         raise UserError(f"{folder} holds no run (a folder with {RUN_FILE}); give the --out of python -m train")
     complete: list[tuple[Run, dict[str, Any]]] = []
-    unfinished: list[str] = []
+    left_out: dict[str, str] = {}
     for file in files:
         facts = _read(file)
-        if facts.get("status") == "complete":
-            complete.append((_run(file, facts), facts))
+        if why := _why_left_out(facts):
+            left_out[file.parent.name] = why
         else:
-            unfinished.append(file.parent.name)
+            complete.append((_run(file, facts), facts))
     if not complete:
-        raise RunsIncomplete(
-            f"none of the {len(unfinished)} runs in {folder} is finished; run the same python -m train with --resume"
-        )
+        raise RunsIncomplete(f"none of the {len(left_out)} runs in {folder} can be measured; {reasons(left_out)}")
     varying = [key for key in _SETTINGS if len({_setting(facts, key) for _, facts in complete}) > 1]
     runs = [
         replace(run, settings=", ".join(filter(None, (_setting(facts, key) for key in varying))))
         for run, facts in complete
     ]
-    return runs, unfinished
+    return runs, left_out
+
+
+def _why_left_out(facts: dict[str, Any]) -> str:
+    """Why a run cannot be measured; empty if it can."""
+    if facts.get("status") == FAILED:
+        return f"{failure_of(facts)}; train it with a lower --lr into another folder"
+    if facts.get("status") != COMPLETE:
+        return UNFINISHED
+    data = facts.get("data")
+    return TRANSCODER if isinstance(data, dict) and data.get("target_hook") else ""
+
+
+def reasons(left_out: dict[str, str]) -> str:
+    """Every reason once, with the runs that it concerns."""
+    names: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(those)}: {why}" for why, those in names.items())
 
 
 def _setting(facts: dict[str, Any], key: tuple[str, str]) -> str:
@@ -71,7 +93,7 @@ def _setting(facts: dict[str, Any], key: tuple[str, str]) -> str:
     value = facts.get(key[0], {}).get(key[1])
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return "" if value is None else f"{key[1].replace('n_tokens', 'tokens')} {value}"
+    return "" if value in (None, "") else f"{key[1].replace('n_tokens', 'tokens')} {value}"
 
 
 def _read(file: Path) -> dict[str, Any]:

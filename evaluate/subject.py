@@ -11,6 +11,7 @@ from torch import Tensor
 from evaluate.language import Language
 from evaluate.rows import Rows
 from evaluate.splicing import Splice
+from train.calibration import threshold_for_l0
 from train.sae import SparseAutoencoder
 
 CHUNK_ROWS = 8192
@@ -112,20 +113,5 @@ def chunks(rows: Rows, n: int = CHUNK_ROWS) -> Iterator[Rows]:
 
 
 def matched_threshold(sae: SparseAutoencoder, calibration: Rows, k: float) -> Tensor:
-    """The SAE's own thresholds, all moved by one amount, so that its mean L0 on the calibration rows equals k.
-
-    Of all positive pre-activations the k n that exceed their threshold by most (or miss it by least) stay on; for an
-    SAE with one threshold for all latents that is the (k n)-th largest pre-activation. The amount lies halfway between
-    the last one kept and the next. Fewer than k n positive ones: all stay on.
-    """
-    assert sae.threshold is not None
-    n_active = round(k * calibration.n)
-    largest = torch.empty(0, device=calibration.x.device)
-    with torch.no_grad():
-        for rows in chunks(calibration, 2048):
-            pre = sae.pre_activations(rows.x)
-            margins = (pre - sae.threshold)[pre > 0]
-            pool = torch.cat([largest, margins])
-            largest = pool.topk(min(n_active + 1, len(pool))).values
-        moved = largest.min() - 1 if len(largest) <= n_active else (largest[n_active - 1] + largest[n_active]) / 2
-        return sae.threshold.detach() + moved
+    """The SAE's own thresholds, all moved by one amount, so that its mean L0 on the calibration rows equals k."""
+    return threshold_for_l0(sae, (rows.x for rows in chunks(calibration, 2048)), k, calibration.n)

@@ -138,6 +138,22 @@ def test_an_unfinished_run_is_left_out_aloud(runs, capsys):
     assert not (half / "report.json").exists()
 
 
+def test_failed_runs_and_transcoders_are_left_out_aloud_each_with_its_reason(runs, capsys):
+    failed, transcoder, *_ = sorted(runs.glob("*/run.json"))
+    facts = json.loads(failed.read_text())
+    failure = {"step": 312, "reason": "its loss is nan", "checkpoint": 300}
+    failed.write_text(json.dumps({**facts, "status": "failed", "failure": failure}))
+    facts = json.loads(transcoder.read_text())
+    transcoder.write_text(json.dumps({**facts, "data": {**facts.get("data", {}), "target_hook": "layer_3"}}))
+    with pytest.raises(RunsIncomplete, match="2 of 4 runs") as caught:
+        evaluate(runs, metrics="core")
+    assert "failed at step 312 (its loss is nan" in str(caught.value)
+    assert f"left out {transcoder.parent.name}: a transcoder" in capsys.readouterr().out
+    report = json.loads((runs / "report.json").read_text())
+    assert len(report["missing"]) >= 2
+    assert {failed.parent.name, transcoder.parent.name}.isdisjoint(run["run"] for run in report["runs"])
+
+
 def test_the_report_can_go_elsewhere(runs, tmp_path):
     evaluate(runs, metrics="core", out=tmp_path / "new" / "place")
     assert (tmp_path / "new" / "place" / "report.html").exists()

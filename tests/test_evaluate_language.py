@@ -190,7 +190,7 @@ def test_an_untrained_sae_is_the_one_its_run_started_from(arch):
     torch.testing.assert_close(norms, torch.full_like(norms, recipe.init_norm))
     other = untrained_sae(a_run(arch=arch, seed=4), calibration)
     assert not torch.equal(sae.W_dec, other.W_dec)
-    assert (sae.b_dec == 0).all() == (not recipe.b_dec_from_data)
+    assert (sae.b_dec == 0).all() == (recipe.init_b_dec == "zero")
 
 
 def test_the_oracle_is_scored_on_labelled_text(language):

@@ -150,6 +150,10 @@ def test_a_scale_holds_all_its_values_and_its_ticks(values):
     assert [place for place, _ in ticks] == sorted(place for place, _ in ticks)
 
 
+def test_a_scale_of_a_run_that_diverged_has_ticks_too():
+    assert figures.Scale.around([-1e34, 0.9]).ticks()
+
+
 def test_marks_of_the_forest_lie_where_the_interval_lies(measured):
     changes = differences(measured.results, ["explained_variance"])
     tables = summaries(measured.results)

@@ -1,9 +1,12 @@
 """`python -m train`: the grid, the schedule, and one sentence for each mistake."""
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +16,15 @@ from typer.testing import CliRunner
 
 from cache_spec import UserError
 from train.__main__ import app
-from train.grid import Lists, make_runs, schedule_for
+from train.checkpoint import checkpoint_step
+from train.config import DataConfig, RunConfig
+from train.grid import Lists, make_runs
 from train.loader import MixedBatchLoader
-from train.reading import parse_numbers, parse_whole_numbers, read_device, split_list
+from train.options import Options
+from train.passes import needed_bytes
+from train.reading import with_preset
 from train.scale import Scale
+from train.timetable import schedule_for
 
 ROOT = Path(__file__).parent.parent
 LISTS = Lists(arch=("topk",), d_sae=(32,), k=(3,), masked_fraction=(0.0,), corrupt=("none",), seed=(0,))
@@ -37,6 +45,7 @@ def run(*arguments: object) -> str:
     """Run the command in this process; its output, or the sentence of its UserError."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if isinstance(result.exception, UserError):
+        assert result.exception.exit_code == 2, result.exception
         return f"error: {result.exception}"
     assert result.exit_code == 0, result.output + repr(result.exception)
     return result.output
@@ -62,10 +71,12 @@ def test_the_demo_s_commands_make_their_runs(cache, tmp_path):
     assert "640 tokens: 20 steps of 32" in first
     assert "epochs" in first
     assert "memory" in first
-    table = first[first.index("explained") :].splitlines()
-    assert len(table) == 9
+    table = [
+        line for line in first[first.index("\nrun ") :].splitlines() if line.startswith(("batchtopk", "matryoshka"))
+    ]
+    assert len(table) == 8
     again = run(*grid, "--masked-fraction", "0,0.5")
-    assert again[again.index("explained") :].splitlines() == table
+    assert all(line in again.splitlines() for line in table)
     before = noisy["config"]["corrupt"]
     assert json.loads((out / noisy["name"] / "run.json").read_text())["config"]["corrupt"] == before
 
@@ -80,7 +91,7 @@ def test_dry_run_prints_the_runs_and_writes_nothing(cache, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--arch", "transformer"], "no architecture 'transformer'; there are batchtopk, jumprelu, matryoshka"),
+        (["--arch", "transformer"], "no architecture 'transformer'; there are batchtopk, "),
         (["--k", "33"], "--k 33 is not between 1 and --d-sae 32"),
         (["--k", "0"], "--k 0 is not"),
         (["--k", "three"], "--k has 'three'; give whole numbers"),
@@ -88,7 +99,7 @@ def test_dry_run_prints_the_runs_and_writes_nothing(cache, tmp_path):
         (["--arch", "matryoshka", "--d-sae", "16"], "at least 32"),
         (["--hook", "layer_7"], "holds layer_1, not layer_7"),
         (["--hook", "somewhere"], "'somewhere' is not a hook point"),
-        (["--penalty", "l7=1"], "no penalty 'l7'; there are auxk, l0, l1"),
+        (["--penalty", "l7=1"], "no penalty 'l7'; there are auxk, "),
         (["--penalty", "l1"], "'l1' is not a penalty; write a name and a number, such as l1=0.1"),
         (["--corrupt", "salt=1"], "no corruption 'salt'; there are dropout, gaussian"),
         (["--corrupt", "gaussian"], "is not a corruption"),
@@ -105,6 +116,8 @@ def test_dry_run_prints_the_runs_and_writes_nothing(cache, tmp_path):
         (["--penalty", "l0=1", "--arch", "batchtopk"], "l0 needs the thresholds of jumprelu"),
         (["--penalty", "l1=nan"], "'l1=nan' is not a penalty"),
         (["--penalty", "l1=-1"], "--penalty l1=-1 is negative"),
+        (["--device", "meta"], "--device meta cannot be used here"),
+        (["--corrupt", "gaussian=1e39"], "gaussian=1e+39 is not 0 to 1000"),
         (["--corrupt", "gaussian=inf"], "is not a corruption"),
         (["--match-strength", "0.5"], "add one, such as --corrupt gaussian"),
         (["--lr", "inf"], "--lr inf is not positive and finite"),
@@ -121,6 +134,23 @@ def test_dry_run_prints_the_runs_and_writes_nothing(cache, tmp_path):
         (["--warmup-steps", "20"], "--warmup-steps 20 is not between 0 and the 20 steps"),
         (["--threshold-beta", "1"], "--threshold-beta 1.0"),
         (["--dead-tokens", "0"], "--dead-tokens 0 is not positive"),
+        (["--anneal-start", "20"], "--anneal-start 20 is not between 0 and the 20 steps"),
+        (["--target-hook", "layer_7"], "holds layer_1, not layer_7"),
+        (["--skip"], "--skip gives a transcoder a linear path; add --target-hook"),
+        (["--masked-schedule", "cosine"], "--masked-schedule cosine is unknown"),
+        (["--masked-schedule", "linear=0"], "--masked-schedule linear=0 is unknown"),
+        (["--consistency", "-1"], "--consistency -1.0 is not a finite weight"),
+        (["--consistency", "much"], "--consistency has 'much'"),
+        (["--decoder", "loose"], "--decoder loose is unknown; it is one of unit, free"),
+        (["--init-b-dec", "random"], "--init-b-dec random is unknown; it is one of zero, median, mean"),
+        (["--clip-norm", "-1"], "--clip-norm -1.0 is not"),
+        (["--beta1", "1"], "--beta1 1.0 is not between 0 and 1"),
+        (["--bandwidth", "0"], "--bandwidth 0.0 is not positive"),
+        (["--memory", "some"], "--memory is 'some'; give a size such as 16G"),
+        (["--memory", "1K"], "alone needs"),
+        (["--track", "mlflow"], "--track mlflow is unknown; it is one of wandb, trackio, tensorboard"),
+        (["--preset", "none"], "no preset 'none'; there are paper"),
+        (["--io", "carrier-pigeon"], "--io carrier-pigeon is unknown"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(cache, tmp_path, arguments, words):
@@ -141,6 +171,19 @@ def test_a_cache_that_cannot_be_used_gets_one_sentence(cache, tmp_path):
     )
     two = make_training_cache(tmp_path / "two", layers=(1, 2))
     words["which hook"] = run(*short(two, tmp_path / "runs"))
+    words["no masks to be consistent with"] = run(*short(plain, tmp_path / "runs", "--consistency", "0.1"))
+    bad = make_training_cache(tmp_path / "bad")
+    shard = next((bad.path / "layer_1" / "clean" / "c").iterdir()) / "0"
+    shard.write_bytes(b"\x00\x3c" + shard.read_bytes()[2:])
+    words["bad shard"] = run(*short(bad, tmp_path / "runs"))
+    late = make_training_cache(tmp_path / "late")
+    shard = late.path / "layer_1" / "clean" / "c" / str(late.held_out_shards[0]) / "0"
+    shard.write_bytes(b"\x00\x3c" + shard.read_bytes()[2:])
+    words["bad held-out shard"] = run(*short(late, tmp_path / "runs"))
+    newer = make_training_cache(tmp_path / "newer")
+    group = newer.path / "zarr.json"
+    group.write_text(group.read_text().replace('"spec_version": "1', '"spec_version": "2'))
+    words["another version"] = run(*short(newer, tmp_path / "runs"))
     half = make_training_cache(tmp_path / "half")
     next((half.path / "_granary" / "shards").glob("*1.json")).unlink()
     words["half"] = run(*short(half, tmp_path / "runs"))
@@ -155,6 +198,10 @@ def test_a_cache_that_cannot_be_used_gets_one_sentence(cache, tmp_path):
         "which hook": "layer_1, layer_2; choose one with --hook",
         "half": "shard",
         "damaged": "checksum",
+        "no masks to be consistent with": "not masked",
+        "bad shard": "checksum",
+        "bad held-out shard": "checksum",
+        "another version": "version",
     }.items():
         assert words[case].startswith("error: "), case
         assert expected in words[case], (case, words[case])
@@ -176,15 +223,79 @@ def test_a_mistake_in_a_shell_is_one_line_and_exit_code_2(cache, tmp_path):
 
 def test_help_explains_every_option():
     printed = run("--help")
-    for option in ("--masked-fraction", "--match-strength", "--resume", "--positions"):
+    for option in ("--masked-fraction", "--match-strength", "--resume", "--positions", "--calibrate", "--track"):
         assert option in printed
-    assert not [parameter.name for parameter in _parameters() if not getattr(parameter, "help", "")]
+    texts = {parameter.name: getattr(parameter, "help", "") for parameter in _parameters()}
+    assert not [name for name, text in texts.items() if not text]
+    groups = [text[1 : text.index(")")] for text in texts.values() if text.startswith("(")]
+    assert list(dict.fromkeys(groups)) == ["data", "grid", "training", "machine", "run"]  # each in one piece
+    assert groups == sorted(groups, key=list(dict.fromkeys(groups)).index)
+
+
+def test_every_fact_of_a_run_has_an_option():
+    """Whatever decides a run can be asked for; what follows from other options is named here."""
+    derived = {"name", "matched_fraction", "penalties", "n_tokens", "seed"}
+    options = {parameter.name for parameter in _parameters()} | derived
+    for config in (RunConfig, DataConfig):
+        assert {field.name for field in dataclasses.fields(config)} <= options
 
 
 def _parameters():
     from typer.main import get_command
 
     return [parameter for parameter in get_command(app).params if parameter.name != "help"]
+
+
+def test_help_and_the_package_come_without_torch():
+    code = "import sys, train, train.options, train.__main__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    import train
+
+    assert [getattr(train, name) for name in train.__all__]
+    with pytest.raises(AttributeError, match="no name 'nothing'"):
+        _ = train.nothing
+
+
+def test_ctrl_c_in_the_first_second_leaves_no_traceback(cache, tmp_path):
+    """While Python still imports typer, numpy or torch."""
+    command = [sys.executable, "-X", "importtime", "-m", "train", *map(str, short(cache, tmp_path / "runs"))]
+    for module in (b"typer", b"numpy", b"torch"):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stderr is not None
+        assert any(module in line for line in process.stderr)  # one line for each import that is done
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        assert process.returncode in (-signal.SIGINT, 130), errors
+        assert b"Traceback" not in errors
+        assert not (tmp_path / "runs").exists()
+
+
+def test_the_preset_sets_what_was_published_and_what_is_given_wins(cache, tmp_path):
+    arguments = ["--cache", cache.path, "--out", tmp_path / "runs", "--d-sae", 32, "--k", 3, "--dry-run"]
+    printed = run(*arguments, "--preset", "paper", "--batch-size", 64, "--tokens", "500M")
+    assert "preset    paper: --lr 3e-4 --seed 0 --warmup-steps 1000" in printed
+    assert "warm-up 1000, sparsity warm-up 5000, decay from 6,250,000, threshold from 1000 with beta 0.999" in printed
+    assert "dead after 10,000,000 tokens" in printed
+    options, chosen = with_preset(Options(cache=cache.path, out=tmp_path, preset="paper"), {"preset"})
+    assert (options.tokens, options.batch_size, options.lr, options.seed) == ("500M", 2048, ["3e-4"], ["0"])
+    assert chosen["threshold_beta"] == 0.999
+    assert 500_000_000 // 2048 == 244_140
+    assert with_preset(Options(cache=cache.path, out=tmp_path), set())[1] == {}
+
+
+def test_the_plan_says_how_many_passes_before_anything_starts(cache, tmp_path):
+    grid = short(cache, tmp_path / "runs", "--seed", "0,1,2,3", "--dry-run")
+    assert "4 SAEs need about" in run(*grid)
+    loader = MixedBatchLoader(cache, replace(DATA, n_tokens=640))
+    runs = make_runs(replace(LISTS, seed=(0, 1, 2, 3)), schedule_for(loader), SCALE, DATA)
+    memory = needed_bytes(runs[:2], loader, 1)
+    assert "2 passes of 2, each reads the cache" in run(*grid, "--arch", "topk", "--memory", memory)
+
+
+def test_more_tokens_than_rows_are_announced_as_epochs(cache, tmp_path):
+    assert "epochs" in run(*short(cache, tmp_path / "runs", "--dry-run"))
+    assert "rows will be seen up to" in run(*short(cache, tmp_path / "runs", "--dry-run"))
 
 
 def test_clean_targets_are_allowed_where_they_make_sense(cache, tmp_path):
@@ -199,52 +310,25 @@ def test_clean_targets_are_allowed_where_they_make_sense(cache, tmp_path):
         assert list((tmp_path / str(i)).glob("*/cfg.json"))
 
 
-def test_a_grid_is_the_product_of_its_lists(schedule):
-    lists = replace(LISTS, arch=("topk", "standard"), k=(2, 3), masked_fraction=(0.0, 0.5), seed=(0, 1))
-    runs = make_runs(lists, schedule, SCALE)
-    assert len(runs) == 8 + 4  # standard has no k
-    assert len({run.name for run in runs}) == 12
-    assert {run.k for run in runs if run.arch == "standard"} == {0}
-
-
-def test_coefficients_of_one_penalty_are_a_list_and_other_penalties_go_with_each(schedule):
-    lists = replace(LISTS, arch=("standard",), penalty=("l1=0.01", "l1=0.02", "auxk=0.1"), lr=(1e-3, 1e-4))
-    runs = make_runs(lists, schedule, SCALE)
-    assert len(runs) == 4
-    assert {run.penalties for run in runs} == {("l1=0.01", "auxk=0.1"), ("l1=0.02", "auxk=0.1")}
-    assert runs[0].name == "standard_d32_l10.01_auxk0.1_lr0.001_seed0"
-
-
-def test_matching_solves_for_the_strength(schedule):
-    lists = replace(LISTS, corrupt=("gaussian", "dropout"), match_strength=0.4)
-    gaussian, dropout = make_runs(lists, schedule, SCALE)
-    assert gaussian.corrupt == f"gaussian={0.1**0.5:.6g}"
-    assert dropout.corrupt == f"dropout={0.1 / 1.1:.6g}"
-    assert gaussian.name == "topk_d32_k3_gaussian_matched0.4_seed0"
-
-
-def test_another_variant_is_in_the_name(schedule):
-    lists = replace(LISTS, masked_fraction=(0.5,), corrupt=("none", "gaussian"), match_strength=0.4)
-    names = [run.name for run in make_runs(lists, schedule, SCALE, "random")]
-    assert names == ["topk_d32_k3_random0.5_seed0", "topk_d32_k3_random0.5_gaussian_matched_random0.4_seed0"]
-
-
-def test_a_long_run_gets_the_published_schedule_and_a_short_one_a_share_of_it(cache):
-    def of(n_steps: int):
-        return schedule_for(MixedBatchLoader(cache, replace(DATA, n_tokens=32 * n_steps)))
-
-    long = of(500_000)
-    assert (long.warmup_steps, long.sparsity_warmup_steps, long.threshold_start) == (1000, 5000, 1000)
-    assert (long.threshold_beta, long.decay_start) == (0.999, 400_000)
-    assert of(4_000_000).dead_tokens == 10_000_000
-    brief = of(1000)
-    assert (brief.warmup_steps, brief.sparsity_warmup_steps, brief.threshold_start) == (50, 250, 50)
-    assert (brief.threshold_beta, brief.decay_start, brief.dead_tokens) == (0.98, 800, 3200)
-    assert of(20).threshold_start < 20
-
-
-def test_numbers_and_lists_are_read_as_people_write_them():
-    assert split_list(["20, 40", "40,80"]) == ("20", "40", "80")
-    assert parse_whole_numbers(["1,2"], "--k") == (1, 2)
-    assert parse_numbers(["0,.5"], "--lr") == (0.0, 0.5)
-    assert read_device("cpu") == "cpu"
+def test_sigterm_keeps_every_step_of_a_background_job_too(cache, tmp_path):
+    """A shell starts the background jobs of a script with Ctrl-C ignored; a scheduler's SIGTERM is not ignored."""
+    folder = tmp_path / "runs/batchtopk_d32_k3_seed0"
+    command = [sys.executable, "-m", "train", *map(str, short(cache, tmp_path / "runs")), "--tokens", "50M"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    while not (folder / "log.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # ignored
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    step = checkpoint_step(folder)
+    assert step > 0
+    assert f"add --resume to go on from step {step:,}" in errors

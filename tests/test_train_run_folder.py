@@ -1,45 +1,72 @@
-"""Run folders: what is saved is what was trained, in raw units, in SAELens's form."""
+"""Run folders: what is saved is what was trained, in raw units, for every architecture; and who may use a folder."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from train_fixtures import DATA, SCALE, make_training_cache, run_config
 
 import train
 from cache_spec import UserError
+from train.config import HOW_READ
 from train.held_out import held_out_rows, measure_held_out
 from train.kernels import select
 from train.loader import MixedBatchLoader
-from train.run_folder import fold, load_run
+from train.names import available
+from train.run_folder import hold, load_run
 from train.step import TrainRun
 from train.sweep import train_sweep
 
-ARCHES = ["standard", "topk", "batchtopk", "matryoshka", "jumprelu"]
+ROOT = Path(__file__).parent.parent
+ARCHES = available("architectures")
+SAES = [run_config(arch, masked_fraction=0.5) for arch in ARCHES]
+TRANSCODERS = [
+    run_config("batchtopk", name="transcoder"),
+    run_config("topk", name="skip", skip=True),
+    run_config("gated", name="gated_transcoder"),
+    run_config("jumprelu", name="jumprelu_skip", skip=True),
+]
 
 
 @pytest.fixture(scope="module")
-def loader(tmp_path_factory):
-    return MixedBatchLoader(make_training_cache(tmp_path_factory.mktemp("folder") / "cache"), DATA)
+def cache(tmp_path_factory):
+    return make_training_cache(tmp_path_factory.mktemp("folder") / "cache", layers=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def loader(cache):
+    return MixedBatchLoader(cache, DATA)
 
 
 @pytest.fixture(scope="module")
 def trained(loader, tmp_path_factory):
-    """The runs' folders, and each SAE as it was in training."""
-    out = tmp_path_factory.mktemp("runs")
+    """The runs' folders, and each SAE as it was in training (its threshold as it was saved)."""
+    return train_watched(loader, SAES, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def transcoders(cache, tmp_path_factory):
+    loader = MixedBatchLoader(cache, replace(DATA, target_hook="layer_2"))
+    return loader, *train_watched(loader, TRANSCODERS, tmp_path_factory.mktemp("transcoders"))
+
+
+def train_watched(loader, runs, out):
     in_training = {}
+    step = TrainRun.step
+
+    def spy(self, x, target, **more):
+        in_training[self.config.name] = self.sae
+        return step(self, x, target, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        step = TrainRun.step
-
-        def spy(self, x, target):
-            in_training[self.config.name] = self.sae
-            return step(self, x, target)
-
         patch.setattr(TrainRun, "step", spy)
-        train_sweep(loader, [run_config(arch, masked_fraction=0.5) for arch in ARCHES], out=out)
+        train_sweep(loader, runs, out=out)
     return out, in_training
 
 
@@ -55,7 +82,8 @@ def test_a_loaded_run_does_on_raw_rows_what_was_trained_on_normalised_ones(arch,
     x, norm = raw_rows(loader), loader.scale.norm_factor
     assert norm > 1.5  # or folding would do nothing
     with torch.no_grad():
-        f = in_training[arch].encode(x / norm) * norm
+        lengths = in_training[arch].W_dec.norm(dim=1)  # 1, or what a free decoder row grew to: folded into the code
+        f = in_training[arch].encode(x / norm) * norm * lengths
         reconstruction = in_training[arch](x / norm) * norm
     assert 0 < (f > 0).float().mean() < 0.9
     torch.testing.assert_close(run.sae.encode(x), f, rtol=1e-5, atol=1e-5 * norm)
@@ -63,30 +91,19 @@ def test_a_loaded_run_does_on_raw_rows_what_was_trained_on_normalised_ones(arch,
     assert not run.sae.W_enc.requires_grad
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_saelens_reads_the_same_sae(arch, trained, loader):
-    """Its encode and decode, stated in numpy on the saved tensors, for the architecture that cfg.json names."""
-    out, _ = trained
-    folder = out / arch
-    cfg = json.loads((folder / "cfg.json").read_text())
-    w = load_file(folder / "sae_weights.safetensors")
-    x = raw_rows(loader).numpy()
-    inputs = x - w["b_dec"] if cfg["apply_b_dec_to_input"] else x
-    hidden = inputs @ w["W_enc"] + w["b_enc"]
-    features = np.maximum(hidden, 0)
-    if cfg["architecture"] == "topk":
-        assert cfg["rescale_acts_by_decoder_norm"] is False
-        order = np.argsort(-features, axis=1)[:, cfg["k"] :]
-        np.put_along_axis(features, order, 0, axis=1)
-    elif cfg["architecture"] == "jumprelu":
-        features = features * (hidden > w["threshold"])
-    else:
-        assert cfg["architecture"] == "standard"
-    sae = load_run(folder).sae
-    np.testing.assert_allclose(sae.encode(torch.from_numpy(x)).numpy(), features, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        sae(torch.from_numpy(x)).numpy(), features @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4
-    )
+@pytest.mark.parametrize("name", [run.name for run in TRANSCODERS])
+def test_a_loaded_transcoder_does_on_raw_rows_what_was_trained_on_normalised_ones(name, transcoders):
+    loader, out, in_training = transcoders
+    run = load_run(out / name)
+    x = raw_rows(loader)
+    norm, target_norm = loader.scale.norm_factor, loader.target_scale.norm_factor
+    with torch.no_grad():
+        f = in_training[name].encode(x / norm) * target_norm
+        made = in_training[name](x / norm) * target_norm
+    assert 0 < (f > 0).float().mean() < 0.9
+    torch.testing.assert_close(run.sae.encode(x), f, rtol=1e-4, atol=1e-5 * target_norm)
+    torch.testing.assert_close(run.sae(x), made, rtol=1e-4, atol=1e-5 * target_norm)
+    assert run.facts["held_out"]["explained_variance"] is not None
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -102,64 +119,12 @@ def test_every_architecture_learns(arch, trained, loader):
     assert after > before + 0.2
 
 
-def test_cfg_json_has_saelens_s_names(trained):
-    out, _ = trained
-    cfgs = {arch: json.loads((out / arch / "cfg.json").read_text()) for arch in ARCHES}
-    assert {arch: cfg["architecture"] for arch, cfg in cfgs.items()} == {
-        "standard": "standard",
-        "topk": "topk",
-        "batchtopk": "jumprelu",
-        "matryoshka": "jumprelu",
-        "jumprelu": "jumprelu",
-    }
-    cfg, metadata = cfgs["matryoshka"], cfgs["matryoshka"]["metadata"]
-    assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (8, 32, "float32")
-    assert cfg["normalize_activations"] == cfg["reshape_activations"] == "none"
-    assert metadata["sae_lens_version"] >= "6.0.0"
-    assert metadata["hook_name"] == "blocks.1.hook_resid_post"
-    assert metadata["hf_hook_name"] == "model.layers.1"
-    assert (metadata["model_name"], metadata["dataset_path"]) == ("made-up", "made-up text")
-    assert (metadata["context_size"], metadata["prepend_bos"]) == (10, True)
-    assert metadata["training_architecture"] == "matryoshka_batchtopk"
-    assert metadata["training_architecture_details"] == {"matryoshka_widths": [1, 3, 7, 15, 32]}
-    assert cfgs["batchtopk"]["metadata"]["training_architecture_details"] == {}
-    assert {arch: cfg["apply_b_dec_to_input"] for arch, cfg in cfgs.items()} == dict.fromkeys(ARCHES, True) | {
-        "jumprelu": False
-    }
-    assert cfgs["topk"]["k"] == 3
-    assert "k" not in cfgs["batchtopk"]
-
-
-def test_tensors_have_saelens_s_names_and_shapes(trained):
-    out, _ = trained
-    common = {"W_enc": (8, 32), "b_enc": (32,), "W_dec": (32, 8), "b_dec": (8,)}
-    for arch in ARCHES:
-        tensors = load_file(out / arch / "sae_weights.safetensors")
-        expected = common if arch in ("standard", "topk") else common | {"threshold": (32,)}
-        assert {name: tensor.shape for name, tensor in tensors.items()} == expected
-        assert all(tensor.dtype == np.float32 for tensor in tensors.values())
-        np.testing.assert_allclose(np.linalg.norm(tensors["W_dec"], axis=1), 1, rtol=1e-5)
-
-
-def test_prefixes_come_back(trained):
-    assert load_run(trained[0] / "matryoshka").sae.prefixes == (1, 3, 7, 15, 32)
-    assert load_run(trained[0] / "topk").sae.prefixes == (32,)
-
-
-def test_folding_scales_thresholds_too(trained):
-    sae = trained[1]["jumprelu"]
-    folded = fold(sae, 3.0)
-    torch.testing.assert_close(folded["threshold"], sae.threshold.detach() * 3)
-    torch.testing.assert_close(folded["b_enc"], sae.b_enc.detach() * 3)
-    assert folded["W_enc"].equal(sae.W_enc.detach())
-
-
 def test_run_json_says_what_was_done(trained, loader):
     facts = load_run(trained[0] / "batchtopk").facts
     assert facts["status"] == "complete"
     assert facts["recipe"] == "masked 0.5"
     assert facts["config"] == json.loads(json.dumps(asdict(run_config(masked_fraction=0.5))))
-    assert facts["data"] == asdict(DATA)
+    assert facts["data"] == {name: value for name, value in asdict(DATA).items() if name not in HOW_READ}
     assert facts["cache"]["cache_id"] == loader.cache.plan.cache_id
     assert facts["cache"]["path"] == str(loader.cache.path.resolve())
     assert (facts["cache"]["hook"], facts["cache"]["hook_point"], facts["cache"]["model"]) == (
@@ -224,3 +189,60 @@ def test_a_target_other_than_the_input_is_in_the_label(loader, tmp_path):
     (facts, plain) = train_sweep(clean, [run_config(corrupt="gaussian=0.4"), run_config("topk")], out=tmp_path)
     assert facts["recipe"] == "gaussian 0.4, clean target"
     assert plain["recipe"] == "unmasked"
+
+
+def test_a_folder_is_held_by_one_process_at_a_time_and_free_again_after(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with hold(folder):
+        assert (folder / "state").is_dir()
+        with pytest.raises(UserError, match="in training by another process now; wait for it"), hold(folder):
+            pass
+        assert (folder / "state" / "lock").exists()  # whoever was refused deletes nothing
+    assert not folder.exists()  # nothing began in it
+    with hold(folder):
+        (folder / "run.json").write_text("{}")
+    assert (folder / "run.json").exists()
+
+
+def test_a_lock_that_went_with_the_checkpoints_is_no_lock(tmp_path, monkeypatch):
+    """Between opening and locking the file, whoever held it may have finished and deleted it."""
+    opened = os.open
+
+    def late(path, *how):
+        fd = opened(path, *how)
+        if str(path).endswith("lock") and not seen:
+            seen.append(path)
+            os.unlink(path)
+        return fd
+
+    seen = []
+    monkeypatch.setattr(os, "open", late)
+    with hold(tmp_path / "run"):
+        assert seen
+        monkeypatch.undo()
+        assert (tmp_path / "run" / "state" / "lock").exists()
+        with pytest.raises(UserError, match="another process"), hold(tmp_path / "run"):
+            pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    folder = tmp_path / "run"
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from train.run_folder import hold\n"
+        "with hold(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another process"), hold(folder):
+        pass
+    process.kill()
+    process.communicate()
+    with hold(folder):
+        pass

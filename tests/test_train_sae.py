@@ -46,7 +46,7 @@ def rows(n: int = 16, seed: int = 3, dtype=torch.float64) -> torch.Tensor:
     shape=st.tuples(st.integers(1, 40), st.integers(1, 96)),
     share=st.floats(0, 1),
     seed=st.integers(0, 10**6),
-    kind=st.sampled_from(["normal", "ties", "columns"]),
+    kind=st.sampled_from(["normal", "ties", "columns", "nan"]),
 )
 def test_the_kth_largest_is_the_one_that_sorting_finds(shape, share, seed, kind):
     values = torch.randn(shape, generator=generator(seed))
@@ -54,8 +54,12 @@ def test_the_kth_largest_is_the_one_that_sorting_finds(shape, share, seed, kind)
         values = values.round()
     if kind == "columns":  # a few columns hold all the large ones
         values += 10 * (torch.arange(shape[1]) % 17 == 0)
+    if kind == "nan":  # which sorting takes for the largest
+        values[torch.rand(shape, generator=generator(seed + 1)) < 0.1] = torch.nan
     n = 1 + int(share * (values.numel() - 1))
-    assert kth_largest(values, n) == values.flatten().sort(descending=True).values[n - 1]
+    found = kth_largest(values, n)
+    wanted = values.flatten().sort(descending=True).values[n - 1]
+    assert found == wanted or (found.isnan() and wanted.isnan())
 
 
 def test_batchtopk_keeps_the_largest_of_the_batch_and_tells_the_smallest_of_them():

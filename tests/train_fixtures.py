@@ -1,5 +1,6 @@
 """A small cache that an SAE can learn from, and the configurations to train on it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cache_spec import (
     write_shard,
 )
 from train.config import DataConfig, RunConfig
+from train.names import available
 
 N_FEATURES = 24
 SCALE = 4.0  # stored = true / SCALE
@@ -113,12 +115,35 @@ RUN = RunConfig(
     warmup_steps=5,
     decay_start=48,
     sparsity_warmup_steps=10,
+    anneal_start=20,
     threshold_start=5,
     threshold_beta=0.9,
     dead_tokens=320,
 )
 
 
+WITHOUT_K = ("standard", "standard_april", "gated", "p_anneal")
+
+
 def run_config(arch: str = "batchtopk", **changes) -> RunConfig:
     """A short run; its name is the architecture unless it says another."""
-    return replace(RUN, **{"arch": arch, "name": arch, "k": 0 if arch == "standard" else 3, **changes})
+    return replace(RUN, **{"arch": arch, "name": arch, "k": 0 if arch in WITHOUT_K else 3, **changes})
+
+
+def sweep_runs() -> list[RunConfig]:
+    """Every architecture, with everything beside it that a step may depend on."""
+    others = [arch for arch in available("architectures") if arch not in ("topk", "jumprelu", "matryoshka")]
+    return [
+        *(run_config(arch) for arch in others),
+        run_config("matryoshka", name="masked", masked_fraction=0.3),
+        run_config("topk", name="noisy", corrupt="gaussian=0.3"),
+        run_config("jumprelu", name="dropped", corrupt="dropout=0.2", masked_fraction=0.5),
+        run_config("batchtopk", name="rising", masked_fraction=0.5, masked_schedule="linear=40", consistency=0.1),
+        run_config("standard", name="resampled", resample_every=16, dead_tokens=64),
+    ]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file; without the commit, for somebody may commit while the tests run."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    return {name: re.sub(rb'"git_commit": "\w+"', b"", data) for name, data in found.items()}

@@ -106,7 +106,7 @@ class Threshold:
 def _keep_anywhere(pre: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
     """The `n_kept` largest of all, as far as they are positive, and the smallest of them; no wait for the device."""
     bound = pre.detach().flatten().topk(n_kept, sorted=False).values.amin()
-    f = torch.where(pre >= bound, torch.relu(pre), 0.0)
+    f = torch.where(pre < bound, 0.0, torch.relu(pre))  # so that NaN stays NaN, for the loss to show
     return f, _smallest_positive(f)
 
 
@@ -124,7 +124,7 @@ def kth_largest(values: Tensor, n: int) -> Tensor:
     """The n-th largest of all values, exactly (a scalar).
 
     It looks first at the maxima of blocks: the n-th largest maximum is a lower bound, since n values reach it, so
-    only the blocks whose maximum reaches it have to be opened.
+    only the blocks whose maximum reaches it have to be opened. NaN counts as the largest, as where values are sorted.
     """
     flat = values.reshape(-1)
     block = 32
@@ -134,8 +134,8 @@ def kth_largest(values: Tensor, n: int) -> Tensor:
         blocks = flat.view(block, -1)
         maxima = blocks.amax(0)
         lower = maxima.kthvalue(maxima.numel() - n + 1).values
-        opened = blocks[:, (maxima >= lower).nonzero().squeeze(1)]
-        flat = opened[opened >= lower]
+        opened = blocks[:, (~(maxima < lower)).nonzero().squeeze(1)]
+        flat = opened[~(opened < lower)]
     return flat.kthvalue(flat.numel() - n + 1).values
 
 
@@ -155,7 +155,7 @@ class _Jump(torch.autograd.Function):
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return torch.where(pre > threshold, pre, 0.0)
+        return torch.where(pre <= threshold, 0.0, pre)  # so that NaN stays NaN, for the loss to show
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,6 +1,11 @@
-"""Checkpoints of a run in training: one safetensors file, and a JSON file that names it and is written last."""
+"""Checkpoints of a run in training: the last two, each a safetensors file and a JSON file that is written after it.
+
+A checkpoint counts if its JSON file is there and the checksums in it hold, so a kill at any moment leaves the one
+before, and a damaged file costs a few steps, not the run.
+"""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,50 +13,103 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from cache_spec.errors import UserError
-from cache_spec.files import readable_json, write_file
-from train.run_folder import LOG, STATE
+from cache_spec.errors import CacheDamaged, UserError
+from cache_spec.files import check_seal, crc32c, disk_full_as_error, read_json, readable_json, seal
+from train.run_folder import GO_ON, LOG, STATE, write_whole
 from train.step import TrainRun
 
-POINTER = "checkpoint.json"
+N_KEPT = 2
+_log = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, run: TrainRun) -> None:
-    """Write a run's state; until it is whole, the checkpoint before stays the valid one."""
+    """Write a run's state, and delete all but the last two."""
     file = folder / STATE / f"step_{run.n_done:09d}.safetensors"
-    write_file(file, save({name: tensor.detach().cpu().contiguous() for name, tensor in run.state().items()}))
-    write_file(folder / STATE / POINTER, readable_json({"file": file.name, "n_done": run.n_done}))
-    for old in (folder / STATE).glob("step_*.safetensors"):
-        if old != file:
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in run.state().items()})
+    write_whole(file, data)
+    facts = {"n_done": run.n_done, "n_bytes": len(data), "tensors_crc32c": f"{crc32c(data):08x}"}
+    write_whole(file.with_suffix(".json"), readable_json(seal(facts)))
+    kept = _checkpoints(folder)[:N_KEPT]
+    for old in (folder / STATE).glob("step_*"):
+        if old.with_suffix(".json") not in kept:
             old.unlink()
 
 
 def restore_checkpoint(folder: Path, run: TrainRun) -> None:
-    """Take up the run where its checkpoint left it, and cut the log to that point; without a checkpoint from the start.
+    """Take up the run at its newest whole checkpoint, without one from the start, and cut the log to that point.
 
-    Raises UserError if a file of the checkpoint is damaged.
+    Says so if a newer one is damaged; raises UserError if all are.
     """
-    pointer = folder / STATE / POINTER
-    if pointer.exists():
+    files = _checkpoints(folder)
+    for i, file in enumerate(files):
         try:
-            facts: dict[str, Any] = json.loads(pointer.read_text())
-            run.restore(load((folder / STATE / facts["file"]).read_bytes()), facts["n_done"])
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"the checkpoint in {folder} is damaged ({error}); delete {folder} and train again"
-            ) from None
+            tensors, n_done = _read(file)
+            run.restore(tensors, n_done)
+            break
+        except (OSError, CacheDamaged, SafetensorError, KeyError, RuntimeError) as error:
+            if i + 1 == len(files):
+                raise UserError(
+                    f"no checkpoint in {folder / STATE} is whole ({error}); delete {folder} and train the run again"
+                ) from None
+            _log.warning("%s; going on from the checkpoint before it", error)
     _cut_log(folder / LOG, run.n_done)
 
 
-def remove_checkpoint(folder: Path) -> None:
+def discard_damaged(folder: Path) -> None:
+    """Delete the newest checkpoints as far as they are not whole, saying so, if there is a whole one before them.
+
+    From then on the newest is the one that training goes on from.
+    """
+    damaged: list[tuple[Path, Exception]] = []
+    for file in _checkpoints(folder):
+        try:
+            _read(file)
+        except (OSError, CacheDamaged, SafetensorError, KeyError) as error:
+            damaged.append((file, error))
+            continue
+        for bad, why in damaged:
+            _log.warning("%s; going on from the checkpoint before it", why)
+            bad.unlink()
+            bad.with_suffix(".safetensors").unlink(missing_ok=True)
+        return
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Steps done at the newest checkpoint, by its name; 0 without one."""
+    return max((int(file.stem.removeprefix("step_")) for file in _checkpoints(folder)), default=0)
+
+
+def remove_checkpoints(folder: Path) -> None:
     """A finished run needs none."""
     shutil.rmtree(folder / STATE, ignore_errors=True)
 
 
 def append_log(folder: Path, facts: dict[str, Any]) -> None:
     """Add a line to log.jsonl."""
-    with (folder / LOG).open("a") as log:
-        log.write(json.dumps(facts) + "\n")
+    line = json.dumps(facts) + "\n"
+    with disk_full_as_error(folder / LOG, len(line), GO_ON), (folder / LOG).open("a") as log:
+        log.write(line)
+
+
+def last_logged(folder: Path) -> dict[str, Any]:
+    """The last line of log.jsonl; empty without one."""
+    lines = (folder / LOG).read_text().splitlines() if (folder / LOG).exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The JSON files of the checkpoints, the newest first."""
+    return sorted((folder / STATE).glob("step_*.json"), reverse=True)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], int]:
+    """Tensors and number of steps. Raises CacheDamaged, OSError, SafetensorError or KeyError if anything is wrong."""
+    facts = check_seal(read_json(file), file)
+    tensors = file.with_suffix(".safetensors")
+    data = tensors.read_bytes()
+    if f"{crc32c(data):08x}" != facts["tensors_crc32c"]:
+        raise CacheDamaged(f"{tensors} has {len(data):,} bytes that do not match the checksum in {file.name}")
+    return load(data), facts["n_done"]
 
 
 def _cut_log(log: Path, n_done: int) -> None:
@@ -66,4 +124,4 @@ def _cut_log(log: Path, n_done: int) -> None:
         except json.JSONDecodeError:
             break
         kept.append(line + "\n")
-    write_file(log, "".join(kept).encode())
+    write_whole(log, "".join(kept).encode())

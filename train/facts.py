@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cache_spec.layout import FLAG_BOS
-from train.config import RunConfig
+from train.config import HOW_READ, DataConfig, RunConfig
 from train.kernels._select import Kernel
 from train.loader import MixedBatchLoader
 from train.run_folder import TRAINING
@@ -25,9 +25,10 @@ def run_facts(config: RunConfig, loader: MixedBatchLoader, kernel: Kernel) -> di
         "status": TRAINING,
         "recipe": recipe_label(config, loader.data),
         "config": dataclasses.asdict(config),
-        "data": dataclasses.asdict(loader.data),
+        "data": data_facts(loader.data),
         "cache": cache_facts(loader),
         "norm_factor": loader.scale.norm_factor,
+        "target_norm_factor": loader.target_scale.norm_factor if loader.data.target_hook else None,
         "displacement": loader.scale.displacement,
         "kernel": kernel.name,
         "device": str(loader.device),
@@ -37,6 +38,11 @@ def run_facts(config: RunConfig, loader: MixedBatchLoader, kernel: Kernel) -> di
         "tokens_seen": 0,
     }
     return json.loads(json.dumps(facts))
+
+
+def data_facts(data: DataConfig) -> dict[str, Any]:
+    """What decides the batches; how they are read is left out, for a resumed run may read another way."""
+    return {name: value for name, value in dataclasses.asdict(data).items() if name not in HOW_READ}
 
 
 def cache_facts(loader: MixedBatchLoader) -> dict[str, Any]:
@@ -49,11 +55,20 @@ def cache_facts(loader: MixedBatchLoader) -> dict[str, Any]:
         "hook_point": hook.hook_point,
         "tl_name": hook.tl_name,
         "hf_name": hook.hf_name,
+        "target": _target_facts(loader),
         "model": plan.model.get("id", "unknown"),
         "dataset": plan.source.get("id", "unknown"),
         "window_tokens": plan.window_tokens,
         "prepend_bos": bool((loader.cache.column("flags", loader.shards[0]) & FLAG_BOS).any()),
     }
+
+
+def _target_facts(loader: MixedBatchLoader) -> dict[str, Any] | None:
+    """The hook point that a transcoder reconstructs; None for an autoencoder."""
+    if not loader.data.target_hook:
+        return None
+    hook = loader.cache.hook(loader.data.target_hook)
+    return {"hook": hook.name, "hook_point": hook.hook_point, "tl_name": hook.tl_name, "hf_name": hook.hf_name}
 
 
 def differing_facts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,89 +1,22 @@
-"""From the lists of the command line to the runs: their product, with a schedule that fits the number of steps."""
+"""From the lists of the command line to the runs: their product, each with a name."""
 
 import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeVar
 
 import torch
 
 from cache_spec.errors import UserError
 from train.config import DataConfig, RunConfig
-from train.loader import MixedBatchLoader
-from train.names import find, parse_setting
-from train.recipe import Forward, Recipe, StepView
-from train.sae import SparseAutoencoder
+from train.mixing import rising_steps
+from train.names import find, parse_setting, short_number
 from train.scale import Scale, matched_corruption
-from train.step import penalties_of, recipe_of
+from train.step import recipe_of, try_penalties
+from train.timetable import Schedule
 
-FULL_WINDOW = 1000  # steps, from dictionary_learning; a short run gets 5 % of its steps instead
-FULL_DEAD_TOKENS = 10_000_000
-MIN_STEPS = 20
 _NO_CORRUPTION = ("", "none")
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """When things begin and end, in steps (dead_tokens in tokens)."""
-
-    warmup_steps: int
-    decay_start: int
-    sparsity_warmup_steps: int
-    threshold_start: int
-    threshold_beta: float
-    dead_tokens: int
-
-
-def schedule_for(
-    loader: MixedBatchLoader,
-    warmup_steps: int | None = None,
-    decay_start: int | None = None,
-    sparsity_warmup_steps: int | None = None,
-    threshold_start: int | None = None,
-    threshold_beta: float | None = None,
-    dead_tokens: int | None = None,
-) -> Schedule:
-    """dictionary_learning's schedule, scaled down for short runs, with what is given put in.
-
-    Warm-up 1000 steps, sparsity warm-up 5000, threshold from step 1000 with beta 0.999: all follow from a window of
-    1000 steps, or of 5 % of the steps if that is less. Dead after 10M tokens, or after 10 % of all. Decay over the
-    last fifth. Raises UserError for a run of fewer than 20 steps or a value that does not fit.
-    """
-    n_steps, batch_size = loader.n_steps, loader.data.batch_size
-    if n_steps < MIN_STEPS:
-        raise UserError(
-            f"{loader.data.n_tokens:,} tokens make {n_steps} steps of {batch_size:,} rows, and a run needs at least "
-            f"{MIN_STEPS}; raise --tokens or lower --batch-size"
-        )
-    window = min(FULL_WINDOW, n_steps // 20)
-    schedule = Schedule(
-        warmup_steps=_or(warmup_steps, window),
-        decay_start=_or(decay_start, n_steps * 4 // 5),
-        sparsity_warmup_steps=_or(sparsity_warmup_steps, 5 * window),
-        threshold_start=_or(threshold_start, window),
-        threshold_beta=_or(threshold_beta, 1 - 1 / window),
-        dead_tokens=_or(dead_tokens, min(FULL_DEAD_TOKENS, n_steps * batch_size // 10)),
-    )
-    _check(schedule, n_steps)
-    return schedule
-
-
-def _or(given: Number | None, usual: Number) -> Number:
-    return usual if given is None else given
-
-
-def _check(schedule: Schedule, n_steps: int) -> None:
-    for name in ("warmup_steps", "decay_start", "sparsity_warmup_steps", "threshold_start"):
-        if not 0 <= getattr(schedule, name) < n_steps:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(schedule, name)} is not between 0 and the {n_steps:,} steps of a run")
-    if not 0 <= schedule.threshold_beta < 1:
-        raise UserError(f"--threshold-beta {schedule.threshold_beta} is not between 0 and 1")
-    if schedule.dead_tokens < 1:
-        raise UserError(f"--dead-tokens {schedule.dead_tokens} is not positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +31,36 @@ class Lists:
     seed: tuple[int, ...]
     penalty: tuple[str, ...] = ()
     lr: tuple[float, ...] = (3e-4,)
+    consistency: tuple[float, ...] = (0.0,)
     match_strength: float | None = None
 
     @property
     def want_masked(self) -> bool:
         """Whether masked rows have to be read or measured."""
-        return any(self.masked_fraction) or self.match_strength is not None
+        return any(self.masked_fraction) or any(self.consistency) or self.match_strength is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of a grid share beside the schedule; each is a field of RunConfig, explained there."""
+
+    masked_schedule: str = RunConfig.masked_schedule
+    skip: bool = RunConfig.skip
+    beta1: float | None = RunConfig.beta1
+    clip_norm: float | None = RunConfig.clip_norm
+    decoder: str = RunConfig.decoder
+    init_b_dec: str = RunConfig.init_b_dec
+    aux_k: int = RunConfig.aux_k
+    bandwidth: float = RunConfig.bandwidth
+    resample_every: int = RunConfig.resample_every
+    p_end: float | None = RunConfig.p_end
+    p_updates: int = RunConfig.p_updates
+    p_queue: int = RunConfig.p_queue
+    calibrate: bool = RunConfig.calibrate
 
 
 def make_runs(
-    lists: Lists, schedule: Schedule, scale: Scale, masked_variant: str = DataConfig.masked_variant
+    lists: Lists, schedule: Schedule, scale: Scale, data: DataConfig, settings: Settings | None = None
 ) -> list[RunConfig]:
     """The product of the lists, each with a name. Architectures without a k appear once for all k.
 
@@ -115,16 +68,15 @@ def make_runs(
     """
     if lists.match_strength is not None and not any(text not in _NO_CORRUPTION for text in lists.corrupt):
         raise UserError("--match-strength sets the strength of a corruption; add one, such as --corrupt gaussian")
+    settings = settings or Settings()
+    _check_settings(settings, data)
     corruptions = [_corruption(text, lists.match_strength, scale) for text in lists.corrupt or ("",)]
     runs = {}
     axes = (lists.arch, lists.d_sae, lists.k, lists.masked_fraction, corruptions, _penalty_sets(lists.penalty))
-    for arch, d_sae, k, fraction, (corrupt, matched), penalties, lr, seed in product(*axes, lists.lr, lists.seed):
-        if d_sae < 1:
-            raise UserError(f"--d-sae {d_sae} is not positive")
-        if not 0 <= fraction <= 1:
-            raise UserError(f"--masked-fraction {fraction} is not between 0 and 1")
-        if not 0 < lr < math.inf:
-            raise UserError(f"--lr {lr} is not positive and finite")
+    shared = {**dataclasses.asdict(schedule), **dataclasses.asdict(settings)}
+    for arch, d_sae, k, fraction, (corrupt, matched), penalties, lr, consistency, seed in product(
+        *axes, lists.lr, lists.consistency, lists.seed
+    ):
         run = RunConfig(
             name="",
             arch=arch,
@@ -136,14 +88,44 @@ def make_runs(
             matched_fraction=matched,
             penalties=penalties,
             lr=lr,
-            **dataclasses.asdict(schedule),
+            consistency=consistency,
+            **shared,
         )
-        recipe = recipe_of(run)
-        _try_penalties(run, recipe)
+        _check_numbers(run)
+        recipe = recipe_of(run, transcoder=bool(data.target_hook))
+        try_penalties(run, recipe)
         run = dataclasses.replace(run, k=k if recipe.uses_k else 0)
-        run = dataclasses.replace(run, name=_name(run, masked_variant, many_lr=len(lists.lr) > 1))
+        run = dataclasses.replace(run, name=_name(run, data, many_lr=len(lists.lr) > 1))
         runs[run.name] = run
     return list(runs.values())
+
+
+def _check_numbers(run: RunConfig) -> None:
+    if run.d_sae < 1:
+        raise UserError(f"--d-sae {run.d_sae} is not positive")
+    if not 0 <= run.masked_fraction <= 1:
+        raise UserError(f"--masked-fraction {run.masked_fraction} is not between 0 and 1")
+    if not 0 < run.lr < math.inf:
+        raise UserError(f"--lr {run.lr} is not positive and finite")
+    if not 0 <= run.consistency < math.inf:
+        raise UserError(f"--consistency {run.consistency} is not a finite weight of 0 or more")
+
+
+def _check_settings(settings: Settings, data: DataConfig) -> None:
+    known = {"decoder": ("", "unit", "free"), "init_b_dec": ("", "zero", "median", "mean")}
+    for name, values in known.items():
+        if getattr(settings, name) not in values:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {getattr(settings, name)} is unknown; it is one of {', '.join(values[1:])}")
+    rising_steps(settings.masked_schedule)
+    if settings.skip and not data.target_hook:
+        raise UserError("--skip gives a transcoder a linear path; add --target-hook, or leave --skip out")
+    if settings.beta1 is not None and not 0 <= settings.beta1 < 1:
+        raise UserError(f"--beta1 {settings.beta1} is not between 0 and 1")
+    if settings.clip_norm is not None and not 0 <= settings.clip_norm < math.inf:
+        raise UserError(f"--clip-norm {settings.clip_norm} is not a finite length of 0 or more")
+    if not 0 < settings.bandwidth < math.inf:
+        raise UserError(f"--bandwidth {settings.bandwidth} is not positive and finite")
 
 
 def _corruption(text: str, match_strength: float | None, scale: Scale) -> tuple[str, float]:
@@ -158,42 +140,37 @@ def _corruption(text: str, match_strength: float | None, scale: Scale) -> tuple[
     name, strength = parse_setting(text, "corruption (or leave out the number and add --match-strength)")
     apply = getattr(find("corruptions", name), name)
     apply(torch.zeros(1, 1), strength, torch.Generator())  # refuses a strength out of range
-    return text, matched
-
-
-def _try_penalties(run: RunConfig, recipe: Recipe) -> None:
-    """Raises UserError for a negative coefficient; a penalty may refuse the activation, tried on one latent."""
-    sae, zero = SparseAutoencoder(1, 1, recipe.activation), torch.zeros(1, 1)
-    forward = Forward(f=zero, reconstructions=[zero], smallest=None)
-    view = StepView(sae=sae, x=zero, target=zero, forward=forward, dead=None, sparsity_scale=0.0, k=1)
-    for name, coefficient in penalties_of(run, recipe).items():
-        if coefficient < 0:
-            raise UserError(f"--penalty {name}={coefficient:g} is negative; give a coefficient of 0 or more")
-        if coefficient:
-            getattr(find("penalties", name), name)(view)
+    return f"{name}={short_number(strength)}", matched
 
 
 def _penalty_sets(texts: Iterable[str]) -> list[tuple[str, ...]]:
     """`l1=0.01, l1=0.02, auxk=0` -> the coefficients of a name are alternatives, different names go together."""
     by_name: dict[str, list[str]] = {}
     for text in texts:
-        name, _ = parse_setting(text, "penalty")
-        by_name.setdefault(name, []).append(text)
-    return list(product(*by_name.values()))
+        name, coefficient = parse_setting(text, "penalty")
+        by_name.setdefault(name, []).append(f"{name}={short_number(coefficient)}")
+    return list(product(*(dict.fromkeys(alternatives) for alternatives in by_name.values())))
 
 
-def _name(run: RunConfig, variant: str, *, many_lr: bool) -> str:
-    corrupt = run.corrupt.replace("=", "")
+def _name(run: RunConfig, data: DataConfig, *, many_lr: bool) -> str:
+    variant, corrupt = data.masked_variant, run.corrupt.replace("=", "")
     if run.matched_fraction:
         to = "" if variant == DataConfig.masked_variant else f"_{variant}"
-        corrupt = f"{run.corrupt.partition('=')[0]}_matched{to}{run.matched_fraction:g}"
+        corrupt = f"{run.corrupt.partition('=')[0]}_matched{to}{short_number(run.matched_fraction)}"
+    masked = f"{variant}{short_number(run.masked_fraction)}" if run.masked_fraction else ""
+    if run.masked_schedule != "constant" and masked:
+        masked += f"_{run.masked_schedule.replace('=', '')}"
     parts = [
         run.arch,
+        f"to_{data.target_hook}" if data.target_hook else "",
+        "skip" if run.skip else "",
         f"d{run.d_sae}",
         f"k{run.k}" if run.k else "",
         *(text.replace("=", "") for text in run.penalties),
-        f"lr{run.lr:g}" if many_lr else "",
-        f"{variant}{run.masked_fraction:g}" if run.masked_fraction else "",
+        f"lr{short_number(run.lr)}" if many_lr else "",
+        f"resample{run.resample_every}" if run.resample_every else "",
+        masked,
+        f"consistency{short_number(run.consistency)}" if run.consistency else "",
         corrupt,
         f"seed{run.seed}",
     ]

@@ -1,85 +1,63 @@
-"""Batches from a cache: which rows come when is a pure function of the seed, so a position is two integers.
-
-An epoch puts the train shards in a random order, turns each to a random start, and cuts the resulting list of
-rows into as many equal stretches as shards are open; a batch takes the next contiguous segment of each stretch.
-Rows lie shuffled in their shards, so this mixes as well as a pool many times the size.
-"""
+"""Batches from a cache: the rows that the schedule names, read ahead, cast and scaled on the device."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
+from itertools import cycle
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache_spec.cache import ActivationCache
-from cache_spec.errors import UserError
-from cache_spec.layout import FLAG_BOS, FLAG_PAD, FLAG_SPECIAL
+from cache_spec.errors import CacheError, UserError
+from cache_spec.layout import activation_file
+from cache_spec.plan import HookPlan
+from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
+from train.columns import RowColumns
 from train.config import POSITIONS, TARGETS, DataConfig
-from train.scale import measure
+from train.mixing import Rows
+from train.read_ahead import read_ahead
+from train.readers import Reader, choose_io, open_reader
+from train.scale import SamplePart, measure
+from train.schedule import RowSchedule
+from train.staging import Stage, copy_stream
 
-SKIPPED = FLAG_BOS | FLAG_SPECIAL | FLAG_PAD  # a first token's huge norm would rule the scale and b_dec
 MAX_OPEN_SHARDS = 64
 SAMPLE_ROWS = 65536  # enough for a mean of squared norms to three digits
-_N_KEPT = 4 * MAX_OPEN_SHARDS  # shards are opened once for each stretch; both variants of each
+_SAMPLE_PART = 1024  # rows in memory at a time
+_LONG_CHECK = 8 << 30  # bytes that it takes more than a few seconds to check
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rows to train on. `masked` and `row` say where each came from."""
+@dataclass(frozen=True)
+class _Source:
+    """One of the arrays that a step reads, and the factor from its stored values to training units."""
 
-    x: Tensor
-    """[batch, d_model] float32, normalised."""
-    target: Tensor
-    """[batch, d_model], what to reconstruct: `x` itself or the clean rows."""
-    masked: Tensor
-    """[batch] bool: taken from the masked variant."""
-    row: np.ndarray
-    """[batch] global row of the cache."""
+    hook: HookPlan
+    variant: str
+    factor: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """One read: the clean rows of a step and, if any run wants them, their masked twins. All runs mix from it."""
+@dataclass(frozen=True)
+class _Filled:
+    """A stage whose buffers hold the rows of a step, one buffer a source."""
 
-    clean: Tensor
-    masked: Tensor | None
-    row: np.ndarray
+    stage: Stage
+    sources: Sequence[_Source]
     step: int
-    order: Tensor
-    """[batch] a random order; the first n rows of it are the masked ones, so a larger share holds a smaller one."""
-
-    def mix(self, masked_fraction: float, target: str = "self") -> Batch:
-        """A batch with the exact share of masked rows; over all steps it differs by less than one row."""
-        n_masked = n_masked_rows(masked_fraction, len(self.row), self.step)
-        chosen = torch.zeros(len(self.row), dtype=torch.bool, device=self.clean.device)
-        chosen[self.order[:n_masked]] = True
-        if n_masked == 0:
-            x = self.clean
-        else:
-            assert self.masked is not None
-            x = self.masked if n_masked == len(self.row) else torch.where(chosen[:, None], self.masked, self.clean)
-        return Batch(x=x, target=x if target == "self" else self.clean, masked=chosen, row=self.row)
-
-
-def n_masked_rows(masked_fraction: float, batch_size: int, step: int) -> int:
-    """Masked rows of one step: the whole number that keeps their total nearest to the fraction of all rows."""
-    per_batch = Fraction(repr(masked_fraction)) * batch_size
-
-    def total(n_steps: int) -> int:
-        return math.floor(per_batch * n_steps + Fraction(1, 2))
-
-    return total(step + 1) - total(step)
+    row: np.ndarray
+    unreplaced: np.ndarray
+    """[batch] bool"""
 
 
 class MixedBatchLoader:
     """Reads batches from the train shards of a cache.
 
-    Rows of special tokens are left out. Raises UserError if an option is unknown or the cache has fewer usable
-    rows than one batch.
+    Rows of special tokens are left out. With `data.target_hook` each batch also has the rows of a second hook point.
+    `io` is how it reads and `io_note` says why. Raises UserError if an option is unknown or the cache has fewer
+    usable rows than one batch.
     """
 
     def __init__(
@@ -88,129 +66,203 @@ class MixedBatchLoader:
         _check_options(data)
         self.cache, self.data, self.device = cache, data, torch.device(device)
         self.hook = cache.hook(data.hook)
-        if data.masked_variant == "clean":
-            raise UserError("--masked-variant clean is the unmasked one; name another, or ask for no masked rows")
-        if with_masked or data.positions != "all" or data.masked_variant != DataConfig.masked_variant:
-            cache.variant(data.masked_variant)  # refuses one that the cache lacks
-        self.with_masked = with_masked
+        self.target_hook = _target_hook(cache, data, self.hook)
+        self.d_out = self.target_hook.d_model
+        _check_variant(cache, data, with_masked)
         self.shards = cache.train_shards
-        self._indices: dict[int, np.ndarray] = {}
-        self._maps: dict[tuple[str, int], np.ndarray] = {}
-        counts = [len(self._usable(shard)) for shard in self.shards]
-        self.n_rows = sum(counts)
+        n_open = self._n_open()
+        n_kept = 2 * n_open + 8  # a stretch may stand across two shards
+        self._columns = RowColumns(cache, data.masked_variant, data.positions, n_kept)
+        counts = np.array([len(self._columns.of(shard).usable) for shard in self.shards])
+        self.n_rows = int(counts.sum())
         if self.n_rows < data.batch_size:
             raise UserError(
                 f"{cache.path} has {self.n_rows:,} rows to train on, fewer than one batch of {data.batch_size:,}; "
                 "lower --batch-size or harvest more tokens"
             )
-        self.n_batches = self.n_rows // data.batch_size  # in an epoch
+        self.n_batches = self.n_rows // data.batch_size  # whole ones in the first epoch
         self.n_steps = data.n_tokens // data.batch_size
-        self._counts = np.array(counts)
-        n_open = min(self._n_open(), data.batch_size)
-        self._segments = np.diff(np.arange(n_open + 1) * data.batch_size // n_open)  # rows from each open shard
-        self._stretches = np.concatenate([[0], np.cumsum(self._segments)[:-1]]) * self.n_batches  # where each starts
-        self._epoch = (-1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-        self.scale = measure(*self._sample())
+        self.schedule = RowSchedule(counts, batch_size=data.batch_size, n_open=n_open, seed=data.seed)
+        arrays = self._arrays(with_masked)
+        self._n_bytes = self._bytes_of(arrays)
+        self.io, self.io_note = choose_io(data.io, cache.path, self._n_bytes)
+        self._reader: Reader = open_reader(self.io, cache, len(arrays) * n_kept)
+        self.scale = measure(self._sample(self.hook, with_masked), self._mean_square(self.hook))
+        self.target_scale = self.scale
+        if data.target_hook:
+            sample = self._sample(self.target_hook, with_masked and data.target == "self")
+            self.target_scale = measure(sample, self._mean_square(self.target_hook))
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, batch in the epoch) of a step: all there is to a loader's state."""
-        return divmod(step, self.n_batches)
+        return self.schedule.position(step)
 
     def read(self, step: int, *, with_masked: bool = True) -> Rows:
         """The rows of one step, on the device, as float32, divided by the norm factor."""
-        epoch, batch = self.position(step)
-        shards, starts = self._order_of(epoch)
-        pieces = [
-            piece
-            for start, n in zip(self._stretches + batch * self._segments, self._segments, strict=True)
-            for piece in self._pieces(shards, starts, int(start), int(n))
-        ]
-        row = np.concatenate([shard * self.cache.plan.shard_rows + inside for shard, inside in pieces])
-        generator = torch.Generator().manual_seed(derive_seed("train/mix", self.data.seed, step))
-        return Rows(
-            clean=self._gather("clean", pieces, self.scale.norm_factor),
-            masked=self._gather(self.data.masked_variant, pieces, self.scale.norm_factor) if with_masked else None,
-            row=row,
-            step=step,
-            order=torch.randperm(len(row), generator=generator).to(self.device),
-        )
+        sources = self._sources(with_masked)
+        return self._send(self._fill(self._stage(sources, None), sources, step))
 
-    def _sample(self) -> tuple[Tensor, Tensor | None]:
-        """About 65,536 clean rows as they are in the model, and their masked twins; the same whatever the seed."""
+    @contextmanager
+    def stream(self, first: int, last: int, with_masked: bool = True) -> Iterator[Iterator[Rows]]:
+        """An iterator of the rows of steps `first` to `last - 1`, equal to those of `read`, read ahead by threads.
+
+        Damage that a thread meets is raised where its rows are due. At the end of the `with` no thread is left.
+        """
+        sources = self._sources(with_masked)
+        beside = copy_stream(self.device)
+        stages = [self._stage(sources, beside) for _ in range(self.data.read_ahead)]
+
+        def make(step: int, slot: int) -> _Filled | Rows:
+            stages[slot].wait()
+            filled = self._fill(stages[slot], sources, step)
+            # without a copy stream the caller casts: who trains on a CPU has shared out torch's threads
+            return filled if beside is None else self._send(filled)
+
+        def received(results: Iterator[_Filled | Rows]) -> Iterator[Rows]:
+            for stage, made in zip(cycle(stages), results, strict=False):
+                rows = self._send(made) if isinstance(made, _Filled) else made
+                stage.received([value for value in vars(rows).values() if isinstance(value, Tensor)])
+                yield rows
+
+        with read_ahead(make, range(first, last), n_slots=len(stages), n_threads=self.data.readers) as results:
+            yield received(results)
+
+    def _arrays(self, with_masked: bool) -> list[tuple[HookPlan, str]]:
+        """Hook point and variant of everything that a step reads."""
+        variants = ["clean", self.data.masked_variant] if with_masked else ["clean"]
+        arrays = [(self.hook, variant) for variant in variants]
+        if self.data.target_hook:
+            wanted = variants if self.data.target == "self" else ["clean"]
+            arrays += [(self.target_hook, variant) for variant in wanted]
+        return arrays
+
+    def _sources(self, with_masked: bool) -> list[_Source]:
+        scales = {self.target_hook.name: self.target_scale, self.hook.name: self.scale}
+        return [
+            _Source(hook, variant, hook.scale_factor / scales[hook.name].norm_factor)
+            for hook, variant in self._arrays(with_masked)
+        ]
+
+    def _stage(self, sources: Sequence[_Source], beside: "torch.cuda.Stream | None") -> Stage:
+        return Stage(self.data.batch_size, [source.hook.d_model for source in sources], self.device, beside)
+
+    def _fill(self, stage: Stage, sources: Sequence[_Source], step: int) -> _Filled:
+        """Read one step's rows into the host buffers."""
+        row: list[np.ndarray] = []
+        unreplaced: list[np.ndarray] = []
+        filled = 0
+        for piece in self.schedule.pieces(step):
+            shard = self.shards[piece.shard]
+            columns = self._columns.of(shard)
+            inside = columns.usable[piece.first : piece.first + piece.n]
+            for source, buffer in zip(sources, stage.buffers, strict=True):
+                self._reader.read((source.hook.name, source.variant, shard), inside, buffer[filled : filled + piece.n])
+            row.append(inside + np.int64(shard * self.cache.plan.shard_rows))
+            unreplaced.append(columns.unreplaced[inside])
+            filled += piece.n
+        return _Filled(stage, sources, step, np.concatenate(row), np.concatenate(unreplaced))
+
+    def _send(self, filled: _Filled) -> Rows:
+        """The rows of filled buffers, on the device."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(derive_seed("train/mix", self.data.seed, filled.step))
+        with filled.stage.sending():
+            tensors = {
+                (source.hook.name, source.variant): filled.stage.to_device(i, source.factor)
+                for i, source in enumerate(filled.sources)
+            }
+            masked = tensors.get((self.hook.name, self.data.masked_variant))
+            other = self.target_hook.name if self.data.target_hook else ""
+            return Rows(
+                clean=tensors[self.hook.name, "clean"],
+                masked=masked,
+                row=filled.row,
+                step=filled.step,
+                order=torch.randperm(len(filled.row), generator=generator, device=self.device),
+                unreplaced=None if masked is None else torch.from_numpy(filled.unreplaced).to(self.device),
+                target_clean=tensors.get((other, "clean")),
+                target_masked=tensors.get((other, self.data.masked_variant)),
+            )
+
+    def _mean_square(self, hook: HookPlan) -> float | None:
+        """Of all clean rows to train on, without reading them, where the cache has counted just these: its moments
+        leave out special tokens, as we do, but not replaced ones. Caches of format 1.0 have none."""
+        if self.data.positions != "all" or not self.cache.plan.has_moments:
+            return None
+        return self.cache.moments(hook.name, "clean", self.shards).mean_square_norm
+
+    def _sample(self, hook: HookPlan, with_masked: bool) -> Iterator[SamplePart]:
+        """About 65,536 clean rows and their masked twins; the same ones whatever the seed."""
         share = -(-SAMPLE_ROWS // len(self.shards))
-        pieces = [(shard, self._usable(shard)[:share]) for shard in self.shards]
-        return self._gather("clean", pieces), (
-            self._gather(self.data.masked_variant, pieces) if self.with_masked else None
-        )
+        for shard in self._watched(hook):
+            usable = self._columns.of(shard).usable[:share]
+            for start in range(0, len(usable), _SAMPLE_PART):
+                inside = usable[start : start + _SAMPLE_PART]
+                yield SamplePart(
+                    clean=self._sample_rows(hook, "clean", shard, inside),
+                    masked=self._sample_rows(hook, self.data.masked_variant, shard, inside) if with_masked else None,
+                    where=f"{hook.name} in shard {shard} of {self.cache.path}",
+                )
+
+    def _sample_rows(self, hook: HookPlan, variant: str, shard: int, inside: np.ndarray) -> Tensor:
+        """Rows as they are in the model [n, d_model]."""
+        stored = np.empty((len(inside), hook.d_model), np.float16)
+        self._reader.read_sample((hook.name, variant, shard), inside, stored)
+        return torch.from_numpy(stored).to(self.device).to(torch.float32).mul_(hook.scale_factor)
+
+    def _watched(self, hook: HookPlan) -> Iterator[int]:
+        """The train shards, with a progress bar if it takes a while to check their files."""
+        if self.io != "mmap" or self._n_bytes < _LONG_CHECK:
+            yield from self.shards
+            return
+        with Progress(f"checking {hook.name}", len(self.shards), "shards") as progress:
+            for shard in self.shards:
+                yield shard
+                progress.advance()
 
     def _n_open(self) -> int:
         """Open shards: as asked, or enough to hold the windows of two batches' worth of rows."""
         plan = self.cache.plan
         if self.data.open_shards:
-            return self.data.open_shards
+            return min(self.data.open_shards, self.data.batch_size)
         wanted = math.ceil(2 * self.data.batch_size * plan.window_tokens / plan.shard_rows)
-        return min(max(wanted, 4), MAX_OPEN_SHARDS)
+        return min(max(wanted, 4), MAX_OPEN_SHARDS, self.data.batch_size)
 
-    def _usable(self, shard: int) -> np.ndarray:
-        """Numbers of the rows of a shard to train on, in the order they lie there; the latest are remembered."""
-        if shard not in self._indices:
-            flags = self.cache.column("flags", shard)
-            usable = (flags & SKIPPED) == 0
-            if self.data.positions != "all":
-                variants = [variant.name for variant in self.cache.plan.variants[1:]]
-                bit = 1 << variants.index(self.data.masked_variant)
-                replaced = (self.cache.column("mask", shard) & bit) != 0
-                usable &= replaced if self.data.positions == "only_masked" else ~replaced
-            _make_room(self._indices)
-            self._indices[shard] = np.flatnonzero(usable)
-        return self._indices[shard]
-
-    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's shards (as places in `self.shards`) in order, and the row that each starts at."""
-        if self._epoch[0] != epoch:
-            key = derive_seed("train/rows", self.data.seed, epoch)
-            generator = np.random.Generator(np.random.Philox(key))
-            order = generator.permutation(len(self.shards))
-            self._epoch = (epoch, order, generator.integers(0, np.maximum(self._counts, 1)))
-        return self._epoch[1], self._epoch[2]
-
-    def _pieces(self, order: np.ndarray, starts: np.ndarray, start: int, n: int) -> list[tuple[int, np.ndarray]]:
-        """n rows from place `start` of the epoch's list of rows: (shard, numbers of rows in it) each."""
-        ends = np.cumsum(self._counts[order])
-        pieces = []
-        while n:
-            place = int(np.searchsorted(ends, start, side="right"))
-            which = int(order[place])
-            count = int(self._counts[which])
-            offset = start - int(ends[place]) + count
-            n_here = min(n, count - offset)
-            turned = (int(starts[which]) + offset + np.arange(n_here)) % count
-            pieces.append((self.shards[which], self._usable(self.shards[which])[turned]))
-            start, n = start + n_here, n - n_here
-        return pieces
-
-    def _gather(self, variant: str, pieces: list[tuple[int, np.ndarray]], norm_factor: float = 1.0) -> Tensor:
-        stored = np.empty((sum(len(inside) for _, inside in pieces), self.hook.d_model), np.float16)
-        filled = 0
-        for shard, inside in pieces:
-            rows = self._map(variant, shard)
-            np.take(rows, inside, axis=0, out=stored[filled : filled + len(inside)], mode="clip")
-            filled += len(inside)
-        scale = self.hook.scale_factor / norm_factor
-        return torch.from_numpy(stored).to(self.device).to(torch.float32).mul_(scale)
-
-    def _map(self, variant: str, shard: int) -> np.ndarray:
-        key = (variant, shard)
-        if key not in self._maps:
-            _make_room(self._maps)
-            self._maps[key] = self.cache.activations(self.hook.name, variant, shard)
-        return self._maps[key]
+    def _bytes_of(self, arrays: Sequence[tuple[HookPlan, str]]) -> int:
+        records = self.cache.records
+        return sum(
+            records[shard]["files"][activation_file(hook.name, variant, shard)]["bytes"]
+            for hook, variant in arrays
+            for shard in self.shards
+        )
 
 
-def _make_room(kept: dict[Any, np.ndarray]) -> None:
-    """Forget the oldest entry of a full store."""
-    if len(kept) >= _N_KEPT:
-        kept.pop(next(iter(kept)))
+def _target_hook(cache: ActivationCache, data: DataConfig, hook: HookPlan) -> HookPlan:
+    """The hook point to reconstruct: the input's own, or another that the cache has."""
+    if not data.target_hook:
+        return hook
+    target = cache.hook(data.target_hook)
+    if target.name == hook.name:
+        others = [each.name for each in cache.plan.hooks if each.name != hook.name]
+        raise UserError(
+            f"--target-hook {data.target_hook} is the input's own hook point; leave it out for a plain SAE"
+            + (f", or name one of {', '.join(others)}" if others else "")
+        )
+    return target
+
+
+def _check_variant(cache: ActivationCache, data: DataConfig, with_masked: bool) -> None:
+    """Refuses a masked variant that the cache lacks, if anything depends on it."""
+    if data.masked_variant == "clean":
+        raise UserError("--masked-variant clean is the unmasked one; name another, or ask for no masked rows")
+    if with_masked or data.positions != "all" or data.masked_variant != DataConfig.masked_variant:
+        try:
+            cache.variant(data.masked_variant)
+        except CacheError as error:
+            raise CacheError(
+                f"{error}; name another with --masked-variant, or harvest a cache with it (without one, "
+                "--masked-fraction is 0 and --positions all)"
+            ) from None
 
 
 def _check_options(data: DataConfig) -> None:
@@ -219,3 +271,6 @@ def _check_options(data: DataConfig) -> None:
             raise UserError(f"--{option} {value} is unknown; it is one of {', '.join(known)}")
     if data.batch_size < 1 or data.n_tokens < data.batch_size:
         raise UserError(f"--tokens {data.n_tokens:,} is less than one batch of {data.batch_size:,}")
+    for option, value in (("read-ahead", data.read_ahead), ("readers", data.readers)):
+        if value < 1:
+            raise UserError(f"--{option} {value} is not positive")

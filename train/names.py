@@ -7,7 +7,13 @@ from types import ModuleType
 
 from cache_spec.errors import UserError
 
-_KINDS = {"architectures": "architecture", "penalties": "penalty", "corruptions": "corruption", "kernels": "kernel"}
+_KINDS = {
+    "architectures": "architecture",
+    "penalties": "penalty",
+    "corruptions": "corruption",
+    "kernels": "kernel",
+    "presets": "preset",
+}
 
 
 def available(folder: str) -> list[str]:
@@ -20,6 +26,12 @@ def find(folder: str, name: str) -> ModuleType:
     if name not in available(folder):
         raise UserError(f"there is no {_KINDS[folder]} '{name}'; there are {', '.join(available(folder))}")
     return importlib.import_module(f"train.{folder}.{name}")
+
+
+def short_number(value: float) -> str:
+    """The shortest text that gives the same number: 0.001, 20, 1.0000001e-03 as repr has it."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 def parse_setting(text: str, what: str) -> tuple[str, float]:

@@ -1,36 +1,43 @@
-"""Reading what the command line says: counts, lists of numbers, the hook point, the device."""
+"""Reading what the command line says: presets, counts, lists of numbers, the hook point, the device."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cache_spec.cache import ActivationCache
-from cache_spec.errors import UserError
+from cache_spec.errors import CacheDamaged, CacheIncomplete, UserError
 from train.grid import Lists
+from train.names import find
+
+if TYPE_CHECKING:
+    from train.options import Options
 
 
-def read_lists(
-    arch: Iterable[str],
-    d_sae: Iterable[str],
-    k: Iterable[str],
-    masked_fraction: Iterable[str],
-    corrupt: Iterable[str],
-    penalty: Iterable[str],
-    seed: Iterable[str],
-    lr: Iterable[str],
-    match_strength: float | None,
-) -> Lists:
+def with_preset(options: "Options", given: Set[str]) -> tuple["Options", dict[str, Any]]:
+    """The options with those of --preset that were not given, and what it set. Raises UserError for an unknown one."""
+    if not options.preset:
+        return options, {}
+    settings: dict[str, Any] = getattr(find("presets", options.preset), options.preset)()
+    chosen = {name: value for name, value in settings.items() if name not in given}
+    return dataclasses.replace(options, **chosen), chosen
+
+
+def read_lists(options: "Options") -> Lists:
     """The lists of a grid. Raises UserError for a number that is none and a list that is empty."""
     return Lists(
-        arch=_listed(arch, "--arch"),
-        d_sae=parse_whole_numbers(d_sae, "--d-sae"),
-        k=parse_whole_numbers(k, "--k"),
-        masked_fraction=parse_numbers(masked_fraction, "--masked-fraction"),
-        corrupt=_listed(corrupt, "--corrupt"),
-        penalty=split_list(penalty),
-        seed=parse_whole_numbers(seed, "--seed"),
-        lr=parse_numbers(lr, "--lr"),
-        match_strength=match_strength,
+        arch=_listed(options.arch, "--arch"),
+        d_sae=parse_whole_numbers(options.d_sae, "--d-sae"),
+        k=parse_whole_numbers(options.k, "--k"),
+        masked_fraction=parse_numbers(options.masked_fraction, "--masked-fraction"),
+        corrupt=_listed(options.corrupt, "--corrupt"),
+        penalty=split_list(options.penalty),
+        seed=parse_whole_numbers(options.seed, "--seed"),
+        lr=parse_numbers(options.lr, "--lr"),
+        consistency=parse_numbers(options.consistency, "--consistency"),
+        match_strength=options.match_strength,
     )
 
 
@@ -77,8 +84,17 @@ def read_hook(cache: ActivationCache, text: str) -> str:
 def read_device(text: str) -> str:
     """A device that is there. Raises UserError for another."""
     try:
-        torch.zeros(1, device=text)
+        torch.zeros(1, device=text).item()  # the device "meta" has no values
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {text} cannot be used here ({reason}); --device cpu always can") from None
     return text
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """What is wrong with a cache from the start is input that cannot be used, as any other: exit code 2."""
+    try:
+        yield
+    except (CacheDamaged, CacheIncomplete) as error:
+        raise UserError(str(error)) from None

@@ -7,34 +7,53 @@ from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
-from train.grid import FULL_WINDOW
 from train.loader import MixedBatchLoader
+from train.passes import n_parameters, needed_bytes, passes_sentence, split
+from train.run_folder import FAILED
 from train.scale import recipe_label
+from train.schedule import epochs_ahead
+from train.timetable import FULL_WINDOW
 
-_DENSE_COPIES = 4  # [batch, d_sae] float32 tensors that a dense step holds at once
+_MANY_DEAD, _FAR_FROM_K, _FAR_FROM_AIM = 0.1, 0.1, 0.5  # shares from which a result is worth a note
 
 
-def print_plan(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int) -> None:
-    """The rows, the schedule, the memory, and each run."""
+def print_preset(name: str, settings: dict[str, Any]) -> None:
+    """What a preset set, option by option; nothing without one."""
+    if name:
+        words = (
+            f"--{key.replace('_', '-')} {','.join(value) if isinstance(value, list) else value}"
+            for key, value in settings.items()
+        )
+        print(f"preset    {name}: {' '.join(words) or 'everything in it was given'}")
+
+
+def print_plan(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None) -> None:
+    """The rows, the schedule, the memory and the passes, and each run. Raises UserError if one does not fit."""
     data, scale = loader.data, loader.scale
     plan = loader.cache.plan
-    epochs = loader.n_steps / loader.n_batches
+    epochs = loader.n_steps * data.batch_size / loader.n_rows
+    to = f" -> {loader.target_hook.name}" if data.target_hook else ""
     print(
-        f"cache     {loader.cache.path}: {loader.hook.name} of {plan.model.get('id', 'unknown')}, "
+        f"cache     {loader.cache.path}: {loader.hook.name}{to} of {plan.model.get('id', 'unknown')}, "
         f"{loader.n_rows:,} rows to train on, d_model {loader.hook.d_model}"
     )
+    print(f"reading   {loader.io_note}")
     print(
         f"data      {data.n_tokens:,} tokens: {loader.n_steps:,} steps of {data.batch_size:,}, {epochs:.2f} epochs; "
         f"positions {data.positions}, target {data.target}, data seed {data.seed}"
     )
+    if words := epochs_ahead(loader.n_rows, loader.n_steps * data.batch_size):
+        print(f"epochs    {words}")
     moved = "" if scale.displacement is None else f"; a masked row moves by {scale.displacement:.1%} of that, in square"
     print(f"scale     rows are {scale.norm_factor:.4g} long (root mean square){moved}")
     _print_schedule(runs[0], loader.n_steps)
-    print(f"memory    about {memory_bytes(loader, runs, n_threads) / 2**20:,.0f} MiB on {loader.device}")
+    passes = split(runs, loader, n_threads, free)
+    print(f"memory    {passes_sentence(passes, needed_bytes(runs, loader, n_threads), free)} (on {loader.device})")
     print(f"runs      {len(runs)}")
     width = max(len(run.name) for run in runs)
     for run in runs:
-        print(f"  {run.name:<{width}}  {n_parameters(loader, run):>12,} parameters  {recipe_label(run, data)}")
+        n = n_parameters(run, loader.hook.d_model, loader.d_out)
+        print(f"  {run.name:<{width}}  {n:>12,} parameters  {recipe_label(run, data)}")
     sys.stdout.flush()  # before the progress, which goes another way
 
 
@@ -47,30 +66,55 @@ def _print_schedule(run: RunConfig, n_steps: int) -> None:
     )
 
 
-def n_parameters(loader: MixedBatchLoader, run: RunConfig) -> int:
-    """Of one SAE, without a trained threshold."""
-    d_model = loader.hook.d_model
-    return 2 * d_model * run.d_sae + d_model + run.d_sae
-
-
-def memory_bytes(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int) -> int:
-    """An estimate: weights, gradients and two moments of every run, and the tensors of the steps that run at once."""
-    weights = sum(16 * n_parameters(loader, run) for run in runs)
-    steps = 4 * _DENSE_COPIES * loader.data.batch_size * max(run.d_sae for run in runs) * min(len(runs), n_threads)
-    return weights + steps + 3 * 4 * loader.data.batch_size * loader.hook.d_model
-
-
 def print_results(facts: Sequence[dict[str, Any]], out: Path) -> None:
-    """One line a run: L0 and explained variance on clean held-out rows, latents that died."""
+    """One line a run: L0 and explained variance on clean held-out rows, latents that died; where one failed."""
     width = max(len(fact["name"]) for fact in facts)
     print(f"\n{'run':<{width}}  {'L0':>7}  {'explained':>9}  {'dead':>6}  folder")
     for fact in facts:
+        if fact["status"] == FAILED:
+            where = f"failed at step {fact['failure']['step']:,}"
+            print(f"{fact['name']:<{width}}  {where:>26}  {out / fact['name']}")
+            continue
         seen = fact.get("held_out") or {}
         l0, explained = seen.get("l0"), seen.get("explained_variance")
         print(
             f"{fact['name']:<{width}}  {'-' if l0 is None else f'{l0:.2f}':>7}  "
             f"{'-' if explained is None else f'{explained:.4f}':>9}  {seen.get('n_dead', '-'):>6}  {out / fact['name']}"
         )
+    for note in notes(facts):
+        print(f"note: {note}")
+
+
+def notes(facts: Sequence[dict[str, Any]]) -> list[str]:
+    """What in the results a person should look at, one sentence each."""
+    found = []
+    for fact in facts:
+        n_dead, d_sae = (fact.get("held_out") or {}).get("n_dead") or 0, fact["config"]["d_sae"]
+        if n_dead > _MANY_DEAD * d_sae:
+            found.append(
+                f"{fact['name']}: {n_dead:,} of {d_sae:,} latents are dead; train on more tokens, lower --dead-tokens "
+                "so that auxk sets in earlier, or take a smaller --d-sae"
+            )
+        seen = fact.get("held_out") or {}
+        if (seen.get("explained_variance") or 0) < 0:
+            found.append(
+                f"{fact['name']}: it reconstructs worse than the mean row would, so it diverged; train it with a "
+                "lower --lr into another --out"
+            )
+        aim, l0 = fact["config"]["k"], seen.get("l0")
+        if fact["config"].get("arch") == "jumprelu" and l0 is not None and abs(l0 - aim) > _FAR_FROM_AIM * aim:
+            found.append(
+                f"{fact['name']}: L0 is {l0:.1f} on clean rows and {aim} was aimed at; train on more tokens, or give "
+                "--penalty l0 a larger coefficient"
+            )
+        k, calibration = fact["config"]["k"], fact.get("calibration") or {}
+        before = calibration.get("clean_l0_at_training_threshold", k)
+        if abs(before - k) > _FAR_FROM_K * k:
+            found.append(
+                f"{fact['name']}: the threshold averaged in training gave L0 {before:.1f} on clean rows; it was "
+                f"calibrated to {k}"
+            )
+    return found
 
 
 def keep_freed_memory() -> None:

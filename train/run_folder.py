@@ -4,26 +4,28 @@ The saved SAE takes raw activations: the norm factor is folded into biases and t
 "complete" last of all, so a run that says so is whole.
 """
 
+import fcntl
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 
 from cache_spec.errors import UserError
-from cache_spec.files import PARTIAL, readable_json, write_file
-from train.activations import Activation, ReLU, Threshold, TopK
+from cache_spec.files import PARTIAL, Partial, disk_full_as_error, readable_json, sync_folder
 from train.sae import SparseAutoencoder
+from train.saelens import assemble, fold, saelens_config
 
 CFG, WEIGHTS, FACTS, LOG, STATE = "cfg.json", "sae_weights.safetensors", "run.json", "log.jsonl", "state"
-SAELENS_VERSION = "6.54.12"  # the format we write; from 6.0.0 on SAELens reads it as it is
-TRAINING, COMPLETE = "training", "complete"
-_THEIR_NAMES = {"matryoshka": "matryoshka_batchtopk"}  # our architecture -> SAELens's, where they differ
+LOCK = "lock"  # in STATE, so it goes when the run is complete
+TRAINING, COMPLETE, FAILED = "training", "complete", "failed"
+GO_ON = "run the same command with --resume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,65 +37,59 @@ class TrainedRun:
     facts: dict[str, Any]
 
 
-@torch.no_grad()
-def fold(sae: SparseAutoencoder, norm_factor: float) -> dict[str, Tensor]:
-    """The tensors of an SAE that does on x what `sae` does on x / norm_factor, with codes norm_factor times larger.
-
-    Thresholds are in the units of the codes, so they grow with them; decoder rows keep their length of 1.
-    """
-    tensors = {
-        "W_enc": sae.W_enc,
-        "b_enc": sae.b_enc * norm_factor,
-        "W_dec": sae.W_dec,
-        "b_dec": sae.b_dec * norm_factor,
-    }
-    if sae.threshold is not None:
-        tensors["threshold"] = (sae.threshold * norm_factor).expand(sae.d_sae)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def saelens_config(sae: SparseAutoencoder, facts: dict[str, Any]) -> dict[str, Any]:
-    """cfg.json as SAELens 6 reads it; our own facts stand under metadata.granary."""
-    config, cache = facts["config"], facts["cache"]
-    arch = _THEIR_NAMES.get(config["arch"], config["arch"])
-    k = sae.activation.k if isinstance(sae.activation, TopK) else None
-    metadata = {
-        "sae_lens_version": SAELENS_VERSION,
-        "model_name": cache["model"],
-        "hook_name": cache["tl_name"],
-        "hf_hook_name": cache["hf_name"],
-        "dataset_path": cache["dataset"],
-        "context_size": cache["window_tokens"],
-        "prepend_bos": cache["prepend_bos"],
-        "training_architecture": arch,
-        "training_architecture_details": {"matryoshka_widths": list(sae.prefixes)} if len(sae.prefixes) > 1 else {},
-        "granary": {"name": facts["name"], "config": config, "data": facts["data"], "cache_id": cache["cache_id"]},
-    }
-    kept = "standard" if sae.threshold is None else "jumprelu"
-    return {
-        "d_in": sae.d_model,
-        "d_sae": sae.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": sae.subtract_b_dec,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **({"k": k, "rescale_acts_by_decoder_norm": False} if k else {}),
-        "metadata": metadata,
-        "architecture": "topk" if k else kept,
-    }
+def write_whole(path: Path, data: bytes) -> None:
+    """Write or replace a file in one step. Raises DiskFull, which says how to go on."""
+    with disk_full_as_error(path, len(data), GO_ON), Partial(path) as partial:
+        partial.write(data)
+        partial.sync()
+        partial.replace()
+        sync_folder(path.parent)
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write run.json in one step."""
-    write_file(folder / FACTS, readable_json(facts))
+    write_whole(folder / FACTS, readable_json(facts))
 
 
 def finish_run(folder: Path, sae: SparseAutoencoder, facts: dict[str, Any]) -> None:
     """Write the SAE, and then run.json with the status "complete"."""
-    write_file(folder / WEIGHTS, save(fold(sae, facts["norm_factor"])))
-    write_file(folder / CFG, readable_json(saelens_config(sae, facts)))
+    write_whole(folder / WEIGHTS, save(fold(sae, facts["norm_factor"], facts.get("target_norm_factor"))))
+    write_whole(folder / CFG, readable_json(saelens_config(sae, facts)))
     write_facts(folder, {**facts, "status": COMPLETE})
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if it is not there. Raises UserError if another process holds it.
+
+    The system lets go when the process ends, however it ends. A folder in which no run began goes away again.
+    """
+    fd = _lock(folder)
+    try:
+        yield
+    finally:
+        if not (folder / FACTS).exists():
+            with suppress(OSError):  # somebody put something into it
+                (folder / STATE / LOCK).unlink()
+                (folder / STATE).rmdir()
+                folder.rmdir()
+        os.close(fd)
+
+
+def _lock(folder: Path) -> int:
+    while True:
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / STATE / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise UserError(
+                f"{folder} is in training by another process now; wait for it, or name another --out"
+            ) from None
+        if os.fstat(fd).st_nlink:  # 0: whoever held it deleted it with the checkpoints
+            return fd
+        os.close(fd)
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
@@ -111,44 +107,38 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     return facts
 
 
+def failure_of(facts: dict[str, Any]) -> str:
+    """What became of a failed run: "batchtopk_k20 failed at step 312 (its loss is nan); ..."."""
+    failure = facts.get("failure") or {}
+    kept = failure.get("checkpoint")
+    return (
+        f"{facts.get('name')} failed at step {failure.get('step')} ({failure.get('reason')}; "
+        f"{f'its last good checkpoint is step {kept}' if kept else 'it has no checkpoint'})"
+    )
+
+
 def load_run(path: str | Path, device: str = "cpu") -> TrainedRun:
     """The finished run in a folder. Raises UserError if there is none, it is unfinished, or a file is damaged."""
     folder = Path(path)
     facts = read_facts(folder)
     if facts is None:
         raise UserError(f"{folder} is not a run: it has no {FACTS}; give a folder that `python -m train` wrote")
-    if facts.get("status") != COMPLETE:
+    if facts["status"] == FAILED:
+        raise UserError(f"{folder} is no SAE: {failure_of(facts)}")
+    if facts["status"] != COMPLETE:
         raise UserError(f"{folder} is not finished; run the same `python -m train` command with --resume")
     try:
         config = json.loads((folder / CFG).read_text())
         tensors = load((folder / WEIGHTS).read_bytes())
-        sae = _assemble(config, tensors)
+        sae = assemble(config, tensors)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged ({error}); move it away and train the run again") from None
     return TrainedRun(path=folder, sae=sae.to(device).eval().requires_grad_(False), facts=facts)
 
 
-def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
-    activations: dict[str, Activation] = {
-        "standard": ReLU(),
-        "topk": TopK(int(config.get("k", 0))),
-        "jumprelu": Threshold(),
-    }
-    sae = SparseAutoencoder(
-        config["d_in"],
-        config["d_sae"],
-        activations[config["architecture"]],
-        tuple(config["metadata"]["training_architecture_details"].get("matryoshka_widths", ())),
-        subtract_b_dec=config["apply_b_dec_to_input"],
-    )
-    if "threshold" in tensors:
-        sae.threshold = torch.empty(config["d_sae"])
-    sae.load_state_dict(tensors)
-    return sae
-
-
 def check_out(out: Path) -> None:
     """Raises UserError if `out` is a file, or holds things and no run: a run's folder would get lost among them."""
+    out = out.resolve()  # new/.. is no new folder
     if not out.exists():
         if above := next((folder for folder in out.parents if folder.exists() and not folder.is_dir()), None):
             raise UserError(f"--out {out} lies under {above}, which is a file; name a folder for the runs")
@@ -168,5 +158,9 @@ def _may_stand_among_runs(entry: Path) -> bool:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is anything in it that a killed process did not just leave half-written."""
-    return any(not entry.name.endswith(PARTIAL) for entry in folder.iterdir())
+    """Whether there is anything in it but what a process that was killed at once leaves."""
+    inside = [entry for entry in folder.iterdir() if not entry.name.endswith(PARTIAL)]
+    return any(
+        entry.name != STATE or not entry.is_dir() or {file.name for file in entry.iterdir()} - {LOCK}
+        for entry in inside
+    )

@@ -15,12 +15,19 @@ UNSET = -1.0  # a running threshold before its first value
 class SparseAutoencoder(nn.Module):
     """d_model activations to d_sae sparse codes and back.
 
-    W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_model], b_dec [d_model]; `threshold` is None, a scalar
+    W_enc [d_model, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; `threshold` is None, a scalar
     or [d_sae], in the units of the pre-activations. `prefixes` are the numbers of latents, rising to d_sae, that
     must each reconstruct alone (one of them for a plain SAE).
+
+    A gated one (Rajamanoharan et al. 2024) has r_mag and b_mag [d_sae] too: its activation only says which latents
+    are on. A transcoder has a `d_out`, which an SAE leaves to be d_model, and may have W_skip [d_model, d_out], a
+    linear path beside the latents (Paulo et al. 2025).
     """
 
     threshold: Tensor | None
+    r_mag: Tensor | None
+    b_mag: Tensor | None
+    W_skip: Tensor | None
 
     def __init__(
         self,
@@ -30,10 +37,17 @@ class SparseAutoencoder(nn.Module):
         prefixes: tuple[int, ...] = (),
         *,
         subtract_b_dec: bool = True,
+        gated: bool = False,
+        d_out: int | None = None,
+        skip: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.d_model, self.d_sae = d_model, d_sae
+        self.d_out = d_model if d_out is None else d_out
+        self.is_transcoder = d_out is not None
+        assert not (subtract_b_dec and self.is_transcoder), "b_dec belongs to the target, not to the input"
+        assert self.is_transcoder or not skip, "an SAE with a linear path would have nothing to learn"
         self.activation = activation
         self.prefixes = prefixes or (d_sae,)
         assert self.prefixes[-1] == d_sae
@@ -41,8 +55,11 @@ class SparseAutoencoder(nn.Module):
         self.subtract_b_dec = subtract_b_dec
         self.W_enc = nn.Parameter(torch.zeros(d_model, d_sae, dtype=dtype))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_model, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(d_model, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, dtype=dtype))
+        self.r_mag = nn.Parameter(torch.zeros(d_sae, dtype=dtype)) if gated else None
+        self.b_mag = nn.Parameter(torch.zeros(d_sae, dtype=dtype)) if gated else None
+        self.W_skip = nn.Parameter(torch.zeros(d_model, self.d_out, dtype=dtype)) if skip else None
         if activation.threshold == TRAINED:
             self.threshold = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
         elif activation.threshold == FIXED:
@@ -64,32 +81,53 @@ class SparseAutoencoder(nn.Module):
             b_enc = b_enc + (b_dec - self.b_dec) @ W_enc.detach()
         return functional.linear(x - b_dec, W_enc.t(), b_enc)
 
+    def codes(self, pre: Tensor, active: Tensor) -> Tensor:
+        """What the activation made of the pre-activations -> codes, both [batch, d_sae]; one and the same if not gated.
+
+        A gated SAE lets ReLU(exp(r_mag) * (pre - b_enc) + b_mag) through where `active` is positive: its b_enc is the
+        bias of the gate alone.
+        """
+        if self.r_mag is None or self.b_mag is None:
+            return active
+        magnitudes = torch.addcmul(self.b_mag, self.r_mag.exp(), pre - self.b_enc)
+        return torch.where(active <= 0, 0.0, torch.relu(magnitudes))
+
     def encode(self, x: Tensor) -> Tensor:
         """[batch, d_model] -> [batch, d_sae], as the finished SAE does it: no row depends on another."""
-        return self.activation.infer(self.pre_activations(x), self.threshold)
+        pre = self.pre_activations(x)
+        return self.codes(pre, self.activation.infer(pre, self.threshold))
 
-    def decode(self, f: Tensor) -> Tensor:
-        """[batch, d_sae] -> [batch, d_model]."""
-        return functional.linear(f, self.W_dec.t(), self.b_dec)
+    def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
+        """[batch, d_sae] -> [batch, d_out]. With a skip the input x [batch, d_model] is needed too."""
+        if self.W_skip is None:
+            return functional.linear(f, self.W_dec.t(), self.b_dec)
+        return f @ self.W_dec + self._offset(x)
 
-    def decode_prefixes(self, f: Tensor) -> list[Tensor]:
-        """[batch, d_sae] -> one reconstruction [batch, d_model] per prefix, as running sums of the groups between."""
+    def _offset(self, x: Tensor | None) -> Tensor:
+        """What is reconstructed when every latent is off: b_dec, or [batch, d_out] where a skip adds to it."""
+        if self.W_skip is None:
+            return self.b_dec
+        assert x is not None, "a skip needs the input"
+        return functional.linear(x, self.W_skip.t(), self.b_dec)
+
+    def decode_prefixes(self, f: Tensor, x: Tensor | None = None) -> list[Tensor]:
+        """[batch, d_sae] -> one reconstruction [batch, d_out] per prefix, as running sums of the groups between."""
         if len(self.prefixes) == 1:
-            return [self.decode(f)]
+            return [self.decode(f, x)]
         sizes = [end - start for start, end in zip((0, *self.prefixes), self.prefixes, strict=False)]
         reconstructions: list[Tensor] = []
-        total = self.b_dec
+        total = self._offset(x)
         for codes, rows in zip(f.split(sizes, dim=-1), self.W_dec.split(sizes), strict=True):
             total = torch.addmm(total, codes, rows)
             reconstructions.append(total)
         return reconstructions
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, d_model] -> its reconstruction [batch, d_model]."""
-        return self.decode(self.encode(x))
+        """[batch, d_model] -> its reconstruction, or what a transcoder makes of it [batch, d_out]."""
+        return self.decode(self.encode(x), x)
 
     def with_threshold(self, threshold: float | Tensor) -> "SparseAutoencoder":
-        """An SAE with the same weights (shared) that keeps the positive pre-activations above `threshold`."""
+        """An SAE with the same weights (shared) that is on where pre-activations are positive and above `threshold`."""
         other = copy.copy(self)
         other._parameters, other._buffers = dict(self._parameters), dict(self._buffers)
         other._parameters.pop("threshold", None)
@@ -101,20 +139,29 @@ class SparseAutoencoder(nn.Module):
 
 @torch.no_grad()
 def initialise(sae: SparseAutoencoder, seed: int, *, entries: str, norm: float, threshold: float = 0.0) -> None:
-    """Random decoder rows of one norm, from uniform or normal entries; encoder tied to them; biases zero.
+    """Random decoder rows of one norm, from uniform or normal entries; encoder tied to them; the rest zero.
 
-    The same seed and sizes give the same weights, whatever the device.
+    A transcoder's encoder reads another space than its decoder writes, so it gets rows of its own. The same seed and
+    sizes give the same weights, whatever the device.
     """
     generator = torch.Generator().manual_seed(derive_seed("train/init", seed))
-    rows = torch.empty(sae.d_sae, sae.d_model)
-    rows = rows.normal_(generator=generator) if entries == "normal" else rows.uniform_(-1, 1, generator=generator)
-    rows *= norm / rows.norm(dim=1, keepdim=True)
+    rows = _random_rows(sae.d_sae, sae.d_out, entries, norm, generator)
     sae.W_dec.copy_(rows)
+    if sae.is_transcoder:
+        rows = _random_rows(sae.d_sae, sae.d_model, entries, norm, generator)
     sae.W_enc.copy_(rows.t())
-    sae.b_enc.zero_()
-    sae.b_dec.zero_()
+    for parameter in (sae.b_enc, sae.b_dec, sae.r_mag, sae.b_mag, sae.W_skip):
+        if parameter is not None:
+            parameter.zero_()
     if sae.threshold is not None and sae.activation.threshold == TRAINED:
         sae.threshold.fill_(threshold)
+
+
+def _random_rows(n: int, width: int, entries: str, norm: float, generator: torch.Generator) -> Tensor:
+    """[n, width], each row of length `norm`."""
+    rows = torch.empty(n, width)
+    rows = rows.normal_(generator=generator) if entries == "normal" else rows.uniform_(-1, 1, generator=generator)
+    return rows * (norm / rows.norm(dim=1, keepdim=True))
 
 
 @torch.no_grad()

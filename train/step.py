@@ -1,25 +1,64 @@
 """One SAE in training: its state, and one step of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cache_spec.errors import UserError
+from cache_spec.seeds import derive_seed
+from train.activations import TRAINED, JumpReLU
+from train.annealing import Annealing
 from train.config import RunConfig
 from train.kernels._select import Kernel
 from train.names import find, parse_setting
+from train.penalties._codes import weighted_codes
 from train.recipe import Forward, Recipe, StepView
+from train.resampling import resample
 from train.sae import SparseAutoencoder, geometric_median, initialise
 
 
-def recipe_of(config: RunConfig) -> Recipe:
-    """The recipe of a run's architecture. Raises UserError for an unknown name or a k that does not fit."""
+def recipe_of(config: RunConfig, *, transcoder: bool = False) -> Recipe:
+    """The recipe of a run's architecture, with what the run changes put in.
+
+    A transcoder's b_dec belongs to the target: it is not subtracted from the input and starts at the targets' mean.
+    Raises UserError for an unknown name, a k that does not fit, or something that the architecture cannot have.
+    """
     build = getattr(find("architectures", config.arch), config.arch)
     recipe: Recipe = build(config.d_sae, config.k)
     if recipe.uses_k and not 1 <= config.k <= config.d_sae:
         raise UserError(f"--k {config.k} is not between 1 and --d-sae {config.d_sae}")
-    return recipe
+    if config.resample_every < 0:
+        raise UserError(f"--resample-every {config.resample_every} is negative; give a number of steps, or 0 for never")
+    if config.resample_every and recipe.uses_k:
+        raise UserError(f"{config.arch} revives dead latents by its own means; leave --resample-every out")
+    if config.p_end is not None and not 0 < config.p_end <= 1:
+        raise UserError(f"--p-end {config.p_end} is not above 0 and at most 1")
+    if config.aux_k < 0:
+        raise UserError(f"--aux-k {config.aux_k} is negative; give a number of latents, or 0 for half of d_model")
+    if config.p_updates < 2 or config.p_queue < 1:
+        raise UserError(f"--p-updates {config.p_updates} is below 2, or --p-queue {config.p_queue} below 1")
+    return replace(recipe, **_changes(config, recipe, transcoder))
+
+
+def _changes(config: RunConfig, recipe: Recipe, transcoder: bool) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    if isinstance(recipe.activation, JumpReLU):
+        changes["activation"] = replace(recipe.activation, bandwidth=config.bandwidth)
+    if config.beta1 is not None:
+        changes["betas"] = (config.beta1, recipe.betas[1])
+    if config.clip_norm is not None:
+        changes["clip_norm"] = config.clip_norm or None
+    if config.p_end is not None:
+        changes["p_end"] = config.p_end
+    if config.decoder:
+        changes["decoder"] = config.decoder
+    if config.init_b_dec or transcoder:
+        changes["init_b_dec"] = config.init_b_dec or "mean"
+    if transcoder:
+        changes["subtract_b_dec"] = False
+    return changes
 
 
 def penalties_of(config: RunConfig, recipe: Recipe) -> dict[str, float]:
@@ -31,6 +70,53 @@ def penalties_of(config: RunConfig, recipe: Recipe) -> dict[str, float]:
     return penalties
 
 
+def try_penalties(config: RunConfig, recipe: Recipe) -> None:
+    """Raises UserError for a negative coefficient; a penalty may refuse the architecture, tried on one latent."""
+    sae = SparseAutoencoder(1, 1, recipe.activation, subtract_b_dec=False, gated=recipe.gated)
+    x = torch.zeros(1, 1)
+    gate = x if recipe.gated else None
+    view = StepView(
+        sae=sae,
+        x=x,
+        target=x,
+        forward=Forward(f=x, reconstructions=[x], smallest=None, gate=gate),
+        dead=None,
+        sparsity_scale=0.0,
+        k=1,
+    )
+    for name, coefficient in penalties_of(config, recipe).items():
+        if coefficient < 0:
+            raise UserError(f"--penalty {name}={coefficient:g} is negative; give a coefficient of 0 or more")
+        if coefficient:
+            getattr(find("penalties", name), name)(view)
+
+
+def new_sae(
+    recipe: Recipe,
+    d_model: int,
+    d_sae: int,
+    seed: int,
+    *,
+    d_out: int | None = None,
+    skip: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> SparseAutoencoder:
+    """An SAE (with `d_out`, a transcoder) of a recipe, at its start but for what b_dec takes from data."""
+    sae = SparseAutoencoder(
+        d_model,
+        d_sae,
+        recipe.activation,
+        recipe.prefixes,
+        subtract_b_dec=recipe.subtract_b_dec,
+        gated=recipe.gated,
+        d_out=d_out,
+        skip=skip,
+        dtype=dtype,
+    )
+    initialise(sae, seed, entries=recipe.init_entries, norm=recipe.init_norm, threshold=recipe.init_threshold)
+    return sae
+
+
 def learning_rate(config: RunConfig, step: int, n_steps: int) -> float:
     """The rate at a step counted from 0: up from 0, constant, down to 0 at the end."""
     rise = min(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
@@ -39,7 +125,10 @@ def learning_rate(config: RunConfig, step: int, n_steps: int) -> float:
 
 
 class TrainRun:
-    """An SAE, its optimiser and its counters; `step` trains on one batch of normalised rows."""
+    """An SAE, its optimiser and its counters; `step` trains on one batch of normalised rows.
+
+    With `d_out` it is a transcoder, even if that equals d_model.
+    """
 
     def __init__(
         self,
@@ -49,58 +138,87 @@ class TrainRun:
         kernel: Kernel,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        d_out: int | None = None,
     ) -> None:
         self.config, self.n_steps, self.kernel = config, n_steps, kernel
-        self.recipe = recipe_of(config)
-        self._penalties = [
-            (getattr(find("penalties", name), name), coefficient)
-            for name, coefficient in penalties_of(config, self.recipe).items()
-            if coefficient
-        ]
-        self.sae = SparseAutoencoder(
-            d_model,
-            config.d_sae,
-            self.recipe.activation,
-            self.recipe.prefixes,
-            subtract_b_dec=self.recipe.subtract_b_dec,
-            dtype=dtype,
-        )
-        initialise(
-            self.sae,
-            config.seed,
-            entries=self.recipe.init_entries,
-            norm=self.recipe.init_norm,
-            threshold=self.recipe.init_threshold,
-        )
-        self.sae.to(device)
+        self.recipe = recipe_of(config, transcoder=d_out is not None)
+        coefficients = {name: value for name, value in penalties_of(config, self.recipe).items() if value}
+        self._penalties = [(getattr(find("penalties", name), name), value) for name, value in coefficients.items()]
+        self.sae = new_sae(
+            self.recipe, d_model, config.d_sae, config.seed, d_out=d_out, skip=config.skip, dtype=dtype
+        ).to(device)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=self.recipe.betas, fused=True)
+        self.annealing = None
+        if "lp" in coefficients and self.recipe.p_end is not None:
+            self.annealing = Annealing(
+                start=config.anneal_start,
+                n_steps=n_steps,
+                p_end=self.recipe.p_end,
+                n_updates=config.p_updates,
+                n_queue=config.p_queue,
+                dtype=dtype,
+                device=device,
+            )
         self.n_done = 0  # steps
         self.silent_tokens = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # since each latent fired
         self._no_dead_until = config.dead_tokens  # tokens seen before which no latent can be dead
 
-    def start_at(self, rows: Tensor) -> None:
-        """Before the first step: take b_dec from clean rows [batch, d_model], if the architecture does."""
-        assert self.n_done == 0
-        if self.recipe.b_dec_from_data:
-            with torch.no_grad():
-                self.sae.b_dec.copy_(geometric_median(rows))
+    @torch.no_grad()
+    def start_at(self, x: Tensor, target: Tensor | None = None) -> None:
+        """Before the first step: take b_dec from clean rows [batch, d_model], if the architecture does.
 
-    def step(self, x: Tensor, target: Tensor) -> tuple[Forward, Tensor]:
-        """One update on rows [batch, d_model]; gives what came out before it and the loss (a scalar on the device)."""
+        A transcoder takes it from the same rows' targets [batch, d_out].
+        """
+        assert self.n_done == 0
+        rows = x if target is None else target
+        if self.recipe.init_b_dec == "median":
+            self.sae.b_dec.copy_(geometric_median(rows))
+        elif self.recipe.init_b_dec == "mean":
+            self.sae.b_dec.copy_(rows.mean(0))
+
+    def step(
+        self, x: Tensor, target: Tensor, twin: Tensor | None = None, paired: Tensor | None = None
+    ) -> tuple[Forward, Tensor]:
+        """One update on rows [batch, d_model]; gives what came out before it and the loss (a scalar on the device).
+
+        `twin` [batch, d_model] are the same rows in their other view, and `paired` [batch] bool says whose own token
+        is the same in both; the run's consistency needs them.
+        """
         forward = self.kernel.forward(self.sae, x)
-        dead = self._count_silence(forward.f)
-        scale = min(self.n_done / self.config.sparsity_warmup_steps, 1.0) if self.config.sparsity_warmup_steps else 1.0
-        view = StepView(
-            sae=self.sae, x=x, target=target, forward=forward, dead=dead, sparsity_scale=scale, k=self.config.k
-        )
+        view = self._view(x, target, forward)
         loss = nested_error(forward.reconstructions, target)
         for penalty, coefficient in self._penalties:
             loss = loss + coefficient * penalty(view)
+        if self.config.consistency:
+            assert twin is not None
+            assert paired is not None
+            loss = loss + self.config.consistency * inconsistency(self.sae, forward.f, twin, paired)
         loss.backward()
         self._update()
         self._move_threshold(forward.smallest)
+        if self.annealing is not None:
+            self.annealing.observe(weighted_codes(view), self.n_done)
+        self._resample(view)
         self.n_done += 1
         return forward, loss.detach()
+
+    def _view(self, x: Tensor, target: Tensor, forward: Forward) -> StepView:
+        config = self.config
+        return StepView(
+            sae=self.sae,
+            x=x,
+            target=target,
+            forward=forward,
+            dead=self._count_silence(forward.f),
+            sparsity_scale=min(self.n_done / config.sparsity_warmup_steps, 1.0)
+            if config.sparsity_warmup_steps
+            else 1.0,
+            k=config.k,
+            decoder=self.recipe.decoder,
+            aux_k=config.aux_k,
+            p=1.0 if self.annealing is None else self.annealing.p(self.n_done),
+            p_rescale=1.0 if self.annealing is None else self.annealing.rescale,
+        )
 
     @torch.no_grad()
     def _count_silence(self, f: Tensor) -> Tensor | None:
@@ -126,18 +244,36 @@ class TrainRun:
 
     @torch.no_grad()
     def _update(self) -> None:
-        W_dec = self.sae.W_dec
-        gradient = W_dec.grad
-        assert gradient is not None
-        # the part of the gradient along a decoder row would only change its length, which is fixed
-        along = (gradient * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True)
-        gradient.addcmul_(W_dec, along, value=-1.0)
+        W_dec, fixed = self.sae.W_dec, self.recipe.decoder == "unit"
+        if fixed:
+            gradient = W_dec.grad
+            assert gradient is not None
+            # the part of the gradient along a decoder row would only change its length, which is fixed
+            along = (gradient * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True)
+            gradient.addcmul_(W_dec, along, value=-1.0)
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.clip_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.n_done, self.n_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+        if fixed:
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+        if self.sae.activation.threshold == TRAINED:
+            assert self.sae.threshold is not None
+            # Below 0 a threshold would let negative codes through in training, which no finished SAE has, and the
+            # penalty would count every silent latent as active.
+            self.sae.threshold.clamp_(min=0.0)
+
+    @torch.no_grad()
+    def _resample(self, view: StepView) -> None:
+        """At every `resample_every`-th step, while the learning rate has not begun to fall: too late to learn."""
+        every = self.config.resample_every
+        if not every or (self.n_done + 1) % every or self.n_done >= self.config.decay_start:
+            return
+        dead = self.silent_tokens >= every * len(view.x)  # since the last time, or since the start
+        errors = (view.target - view.forward.reconstructions[-1]).square().sum(-1)
+        seed = derive_seed("train/resample", self.config.seed, self.n_done)
+        self.silent_tokens[resample(self.sae, self.optimizer, dead, view.x, view.target, errors, seed)] = 0
 
     @torch.no_grad()
     def _move_threshold(self, smallest: Tensor | None) -> None:
@@ -154,7 +290,8 @@ class TrainRun:
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
-        return {**tensors, "silent_tokens": self.silent_tokens}
+        annealing = {} if self.annealing is None else self.annealing.state()
+        return {**tensors, **annealing, "silent_tokens": self.silent_tokens}
 
     def restore(self, tensors: dict[str, Tensor], n_done: int) -> None:
         """Take up `state` as it was after `n_done` steps."""
@@ -165,6 +302,8 @@ class TrainRun:
             moments: dict[str, Any] = {key: tensors[f"adam.{name}.{key}"].to(device).clone() for key in keys}
             self.optimizer.state[parameter] = moments
         self.silent_tokens = tensors["silent_tokens"].to(device).clone()
+        if self.annealing is not None:
+            self.annealing.restore(tensors)
         self.n_done = n_done
 
 
@@ -175,3 +314,14 @@ def nested_error(reconstructions: list[Tensor], target: Tensor) -> Tensor:
     """
     errors = [(target - reconstruction).square().sum() for reconstruction in reconstructions]
     return torch.stack(errors).sum() / (target.shape[0] * len(errors) ** 2)
+
+
+def inconsistency(sae: SparseAutoencoder, f: Tensor, twin: Tensor, paired: Tensor) -> Tensor:
+    """Squared distance between the codes [batch, d_sae] and those of the rows' other view, averaged over paired rows.
+
+    0 if no row is paired. The twins are a batch of their own to an activation that looks at the whole batch.
+    """
+    pre = sae.pre_activations(twin)
+    others = sae.codes(pre, sae.activation.train(pre, sae.threshold)[0])
+    distances = (f - others).square().sum(-1)
+    return torch.where(paired, distances, 0.0).sum() / paired.sum().clamp(min=1)

@@ -13,5 +13,5 @@ def jumprelu(d_sae: int, k: int) -> Recipe:
         subtract_b_dec=False,
         betas=(0.0, 0.999),
         init_threshold=0.001,
-        b_dec_from_data=False,
+        init_b_dec="zero",
     )

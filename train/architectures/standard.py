@@ -14,5 +14,5 @@ def standard(d_sae: int, k: int) -> Recipe:
         clip_norm=None,
         init_entries="normal",
         init_norm=0.1,
-        b_dec_from_data=False,
+        init_b_dec="zero",
     )

@@ -7,7 +7,7 @@ from train.recipe import StepView
 
 
 def auxk(step: StepView) -> Tensor:
-    """The squared error of the dead latents' best d_model / 2 on the residual, over the residual's variance.
+    """The squared error of the dead latents' best d_out / 2 (or aux_k) on the residual, over the residual's variance.
 
     Only the dead latents are encoded again, so it costs what they weigh; 0 if there are none.
     """
@@ -15,7 +15,7 @@ def auxk(step: StepView) -> Tensor:
     if step.dead is None:
         return residual.new_zeros(())
     codes = torch.relu(step.sae.pre_activations(step.x, step.dead))  # [batch, n_dead]
-    n_used = step.sae.d_model // 2
+    n_used = step.aux_k or step.sae.d_out // 2
     if len(step.dead) > n_used:
         largest, latents = codes.topk(n_used, dim=-1, sorted=False)
         codes = torch.zeros_like(codes).scatter(-1, latents, largest)

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from train.penalties._codes import weighted_codes
 from train.recipe import StepView
 
 
 def l1(step: StepView) -> Tensor:
-    return step.sparsity_scale * step.forward.f.sum(dim=-1).mean()  # codes are never negative
+    """Of a gated SAE the gate's codes; times the decoder norms where those are free."""
+    return step.sparsity_scale * weighted_codes(step).sum(dim=-1).mean()

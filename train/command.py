@@ -1,0 +1,85 @@
+"""What `python -m train` does, once its options are read."""
+
+import dataclasses
+from collections.abc import Set
+
+import torch
+
+from cache_spec.cache import ActivationCache
+from cache_spec.counts import parse_count
+from train.config import DataConfig
+from train.grid import Lists, Settings, check_target, make_runs
+from train.loader import MixedBatchLoader
+from train.options import Options
+from train.passes import free_memory, parse_memory
+from train.reading import before_training, read_device, read_hook, read_lists, with_preset
+from train.report import keep_freed_memory, print_plan, print_preset, print_results
+from train.sweep import Unfinished, failures_sentence, train_sweep
+from train.timetable import schedule_for
+from train.tracking import open_trackers
+
+
+def run(options: Options, given: Set[str]) -> None:
+    """Train the grid; `given` are the options that the command line names.
+
+    Raises UserError, before anything is written, for what cannot be done, and Unfinished in the end if a run failed.
+    """
+    options, preset = with_preset(options, given)
+    open_tracker = open_trackers(options.track)
+    lists = read_lists(options)
+    memory = parse_memory(options.memory) if options.memory else None
+    loader = _open(options, lists)
+    schedule = schedule_for(
+        loader,
+        warmup_steps=options.warmup_steps,
+        decay_start=options.decay_start,
+        sparsity_warmup_steps=options.sparsity_warmup_steps,
+        anneal_start=options.anneal_start,
+        threshold_start=options.threshold_start,
+        threshold_beta=options.threshold_beta,
+        dead_tokens=options.dead_tokens,
+    )
+    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    runs = make_runs(lists, schedule, loader.scale, loader.data, settings)
+    check_target(loader.data, runs, force=options.force)
+    n_threads = torch.get_num_threads() if loader.device.type == "cpu" else 1
+    memory = memory or free_memory(loader.device)
+    print_preset(options.preset, preset)
+    print_plan(loader, runs, n_threads, memory)
+    if options.dry_run:
+        return
+    keep_freed_memory()
+    facts = train_sweep(
+        loader,
+        runs,
+        out=options.out,
+        kernel=options.kernel,
+        checkpoint_every=options.checkpoint_every or max(500, loader.n_steps // 20),
+        resume=options.resume,
+        n_threads=n_threads,
+        memory=memory,
+        open_tracker=open_tracker,
+    )
+    print_results(facts, options.out)
+    if sentence := failures_sentence(facts):
+        raise Unfinished(sentence)
+
+
+def _open(options: Options, lists: Lists) -> MixedBatchLoader:
+    with before_training():
+        cache = ActivationCache.open(options.cache, allow_partial=options.allow_partial)
+        data = DataConfig(
+            hook=read_hook(cache, options.hook),
+            n_tokens=parse_count(options.tokens, "--tokens") if options.tokens else cache.plan.n_train_rows,
+            batch_size=options.batch_size,
+            masked_variant=options.masked_variant,
+            positions=options.positions,
+            target=options.target,
+            seed=options.data_seed,
+            open_shards=options.open_shards,
+            target_hook=cache.hook(options.target_hook).name if options.target_hook else "",
+            io=options.io,
+            readers=options.readers,
+            read_ahead=options.read_ahead,
+        )
+        return MixedBatchLoader(cache, data, with_masked=lists.want_masked, device=read_device(options.device))

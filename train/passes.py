@@ -1,0 +1,142 @@
+"""The memory plan: what a sweep needs, what the machine has free, and how many passes over the cache that makes."""
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from cache_spec.errors import UserError
+from train.config import RunConfig
+from train.held_out import MAX_ROWS
+from train.loader import MixedBatchLoader
+
+_STATE_BYTES = 16  # a parameter's weight, gradient and two moments in float32
+_SAVED_BYTES = 12  # of these, what a checkpoint being written holds once more, on the host
+_STEP_COPIES = 7  # [batch, d_sae] float32 tensors that a dense step holds at its peak: 3.5 (standard) to 6.7 (jumprelu)
+_SMALL_STEP = 5e9  # floating-point operations below which one thread is the fastest
+USABLE = 90  # percent of what is free; the rest is for what nobody planned
+_GIB = 2**30
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def n_parameters(config: RunConfig, d_model: int, d_out: int) -> int:
+    """Of one SAE: encoder, decoder, biases, and three numbers a latent for thresholds or gates."""
+    skip = d_model * d_out if config.skip else 0
+    return config.d_sae * (d_model + d_out + 3) + d_out + skip
+
+
+def threads_of(config: RunConfig, loader: MixedBatchLoader, n_threads: int) -> int:
+    """Threads that one step gets on a CPU: one if it is small, else all.
+
+    Neither depends on how many SAEs train beside it, for the number of threads decides how sums are rounded.
+    """
+    n_operations = 6 * loader.data.batch_size * config.d_sae * (loader.hook.d_model + loader.d_out)
+    return 1 if n_operations < _SMALL_STEP else n_threads
+
+
+def state_bytes(config: RunConfig, loader: MixedBatchLoader) -> int:
+    """What one SAE in training holds from step to step."""
+    return _STATE_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
+
+
+def needed_bytes(configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int) -> int:
+    """An estimate for SAEs that train together: their states, the steps that run at once, and the rows."""
+    batch, widths = loader.data.batch_size, loader.hook.d_model + loader.d_out
+    steps = []
+    for config in configs:
+        step = 4 * batch * (_STEP_COPIES * config.d_sae + 4 * loader.d_out)
+        saved = _SAVED_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
+        steps.append(step + (saved if loader.device.type == "cpu" else 0))
+    at_once = sum(sorted(steps, reverse=True)[:n_threads])
+    rows = 4 * widths * (2 * batch * (2 + loader.data.read_ahead) + MAX_ROWS)
+    return sum(state_bytes(config, loader) for config in configs) + at_once + rows
+
+
+def split(
+    configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int, free: int | None
+) -> list[list[RunConfig]]:
+    """The runs in as few passes as fit into `free` bytes (None: any), of sizes that differ by at most one.
+
+    Raises UserError if one SAE alone does not fit.
+    """
+    if free is None or not configs:
+        return [list(configs)]
+    for n_passes in range(1, len(configs) + 1):
+        ends = [len(configs) * i // n_passes for i in range(n_passes + 1)]
+        passes = [list(configs[start:end]) for start, end in pairwise(ends)]
+        if all(needed_bytes(part, loader, n_threads) <= free for part in passes):
+            return passes
+    largest = max(configs, key=lambda config: needed_bytes([config], loader, n_threads))
+    raise UserError(
+        f"{largest.name} alone needs {gib(needed_bytes([largest], loader, n_threads))} and {gib(free)} are free on "
+        f"{loader.device}; lower --d-sae or --batch-size, take another --device, or raise --memory if you know better"
+    )
+
+
+def passes_sentence(passes: Sequence[Sequence[RunConfig]], needed: int, free: int | None) -> str:
+    """`24 SAEs need 31 GiB and 20 GiB are free: 2 passes of 12, each reads the cache`."""
+    n = sum(map(len, passes))
+    start = f"{n} {'SAE needs' if n == 1 else 'SAEs need'} about {gib(needed)}"
+    if free is None:
+        return start
+    if len(passes) == 1:
+        return f"{start} and {gib(free)} are free: 1 pass"
+    largest = max(map(len, passes))
+    sizes = f"{largest}" if largest * len(passes) == n else f"at most {largest}"
+    return f"{start} and {gib(free)} are free: {len(passes)} passes of {sizes}, each reads the cache"
+
+
+def gib(n_bytes: int) -> str:
+    """A size as people read it."""
+    return f"{n_bytes / _GIB:,.0f} GiB" if n_bytes >= 10 * _GIB else f"{n_bytes / _GIB:.2g} GiB"
+
+
+def parse_memory(text: str) -> int:
+    """`16G`, `500M` -> bytes. Raises UserError for anything else."""
+    number, unit = text.strip().upper().removesuffix("IB").removesuffix("B"), ""
+    if number and number[-1] in _UNITS:
+        number, unit = number[:-1], number[-1]
+    try:
+        n_bytes = int(float(number) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        n_bytes = 0
+    if n_bytes < 1:
+        raise UserError(f"--memory is '{text}'; give a size such as 16G or 500M")
+    return n_bytes
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of the device to plan with; None where nobody can tell what is free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        free = min((size for size in (_available(), _left_in_group()) if size is not None), default=None)
+    else:
+        return None
+    return None if free is None else free * USABLE // 100
+
+
+def _available() -> int | None:
+    """Of the machine: what Linux calls available, elsewhere all there is."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _left_in_group(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves (cgroup v2); the page cache that it counts as used can go."""
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    return max(0, int(limit) - int(used) + int(stat.get("inactive_file", 0)))
