@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,13 @@ def run_command(app: Callable[[], Any]) -> None:
             raise
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
         _stop(f"{reason}; {advice}", DiskFull.exit_code)
+
+
+def heed(*numbers: signal.Signals) -> None:
+    """From now on these signals raise KeyboardInterrupt, where they would end the process without a word."""
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _stopped(end: BaseException) -> str:

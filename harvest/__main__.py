@@ -1,11 +1,16 @@
 """`python -m harvest`: the command line."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python still imports ends it without a traceback
+
 import logging
 import os
 
 import typer
 
-from cache_spec.command import run_command
+from cache_spec.command import heed, run_command
 from harvest import options
 from harvest.share import local_device, read_share
 
@@ -38,6 +43,7 @@ def harvest(
     shard: options.Shard = "",
     dry_run: options.DryRun = False,
 ) -> None:
+    heed(signal.SIGINT, signal.SIGTERM)
     # Waiting threads sleep. By default they spin, and beside other work on the same cores that made a harvest five
     # times slower. OpenMP reads this once, when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

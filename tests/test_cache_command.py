@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import typer
 
 from cache_spec import CacheDamaged, CacheNotFound, DiskFull, UserError, run_command
+from cache_spec.command import heed
 from cache_spec.files import write_file
 
 
@@ -113,3 +115,17 @@ def test_a_typer_app_ends_the_same_way(capsys, monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["fail"])
     assert ending(app, capsys) == (1, "error: broken\n")
+
+
+def test_a_signal_that_would_end_the_process_is_heeded_and_an_ignored_one_stays_ignored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        heed(signal.SIGTERM, signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

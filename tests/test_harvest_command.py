@@ -211,6 +211,20 @@ def invoke_help() -> str:
     return CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output
 
 
+@pytest.mark.parametrize("module", [b"typer", b"numpy"])
+def test_ctrl_c_in_the_first_second_leaves_no_traceback(module, model, text, tmp_path):
+    """While Python still imports what the command itself needs."""
+    arguments = [sys.executable, "-X", "importtime", "-m", "harvest", *command(model, text, tmp_path / "cache")]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    assert any(module in line for line in process.stderr)  # one line for each import that is done
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode in (-signal.SIGINT, 130), errors
+    assert b"Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_ctrl_c_while_the_libraries_are_imported_is_one_sentence(module, model, text, tmp_path):
     """The signal comes exactly when the module is looked for."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from cache_spec.command import run_command
+from cache_spec.command import heed, run_command
 from train.options import Options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -31,9 +31,7 @@ def _as_command(options: type[Options]) -> Callable[..., None]:
         from train.command import run  # this imports torch, which takes seconds; --help should not
 
         # A scheduler's SIGTERM keeps every step, too. A shell's background jobs ignore Ctrl-C and go on ignoring it.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, signal.default_int_handler)
+        heed(signal.SIGINT, signal.SIGTERM)
         given = {name for name in values if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
         run(options(**values), given)
 
