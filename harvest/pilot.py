@@ -20,7 +20,7 @@ from harvest.windows import Windows
 _HEADROOM = 4.0  # the pilot sees a small part of the text
 _LEAST_STORED = 1.0  # the largest value, as stored; fp16 rounds values below 6e-5 more and more coarsely
 _PILOT_TOKENS, _TOKENS_AT_ONCE = 4096, 1024  # of each variant
-_SPEED_BATCHES, _SPEED_SECONDS = 5, 3.0  # whichever is first; one batch at least
+_SPEED_BATCHES, _SPEED_SECONDS = 5, 1.5  # whichever is first; one batch at least
 
 
 def largest_activations(reader: Reader, tokenizer: Tokenizer, plan: Plan, windows: Windows) -> dict[HookPoint, float]:
