@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # The rule: a shard reuses beginnings if that leaves out at least this share of its tokens. On a CPU 6 % of the tokens
-# saved 10 to 15 % of the time and 24 % saved 31 to 34 % (`python -m benchmarks.harvest`); less is not worth a second way.
+# saved 10 to 15 % of the time and 24 % saved 31 to 34 % (`python -m benchmarks.harvest`); less is not worth it.
 WORTH = 0.05
 NEVER = 1.0  # the clean variant is always run
 _STARTS = 32  # different places to start from in a window: few shapes for the kernels, little lost
