@@ -1,6 +1,7 @@
 """For every test."""
 
 import os
+import signal
 
 import pytest
 
@@ -11,3 +12,11 @@ def _no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heed_ctrl_c():
+    """Started in the background by a shell, pytest and all it starts would ignore SIGINT, and many tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
