@@ -98,8 +98,9 @@ format: setup  ## let ruff rewrite what it can
 test-compat: setup  ## load a run in SAELens, in an environment of its own (.venv-compat)
 	$(PY) -m benchmarks.saelens_compat
 
-bench: setup  ## size of the code; harvest against the bare model; loaders; from git clone to the report
+bench: setup  ## size of the code; harvest against the bare model; loaders; the cache; from git clone to the report
 	$(PY) -m benchmarks.size
 	$(PY) -m benchmarks.harvest
 	$(PY) -m benchmarks.loader
+	$(PY) -m benchmarks.cache
 	$(PY) -m benchmarks.demo

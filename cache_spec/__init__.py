@@ -25,7 +25,7 @@ from cache_spec.layout import (
     column_types,
     shard_files,
 )
-from cache_spec.moments import Moments
+from cache_spec.moments import Moments, ordinary_rows
 from cache_spec.plan import HookPlan, Plan, VariantPlan
 from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
@@ -61,6 +61,7 @@ __all__ = [
     "create_cache",
     "derive_seed",
     "finalize_cache",
+    "ordinary_rows",
     "run_command",
     "shard_files",
     "transcode",

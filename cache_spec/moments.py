@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_spec.layout import FLAG_BOS, FLAG_PAD, FLAG_SPECIAL
+from cache_spec.layout import FLAG_BOS, FLAG_PAD, FLAG_SPECIAL, FLAG_VALID
 
-_NOT_ORDINARY = FLAG_BOS | FLAG_SPECIAL | FLAG_PAD
+_FLAGS = FLAG_VALID | FLAG_BOS | FLAG_SPECIAL | FLAG_PAD
 _SIGN_AND_SIZE = np.int32(-0x70000001)  # all bits of a float32 but the three below its sign
 
 
@@ -30,8 +30,8 @@ class Moments:
 
 
 def ordinary_rows(flags: np.ndarray) -> np.ndarray:
-    """[rows] of the column `flags` -> which rows count, bool."""
-    return (flags & _NOT_ORDINARY) == 0
+    """[rows] of the column `flags` -> which rows count, bool: for the moments, for training and for evaluation."""
+    return (flags & _FLAGS) == FLAG_VALID
 
 
 def moments_of(rows: np.ndarray, ordinary: np.ndarray, at_once: int = 1024) -> Moments:

@@ -5,17 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache_spec import (
-    FLAG_BOS,
-    FLAG_PAD,
-    FLAG_SPECIAL,
-    FLAG_VALID,
-    ActivationCache,
-    CacheDamaged,
-    CacheError,
-    HookPlan,
-    UserError,
-)
+from cache_spec import ActivationCache, CacheDamaged, CacheError, HookPlan, UserError, ordinary_rows
 from cache_spec.hook_point import HookPoint
 from cache_spec.seeds import derive_seed
 from evaluate.language import EVERYWHERE, PARENT_ROWS, PROBE_ROWS, Language
@@ -94,8 +84,7 @@ def read_held_out(cache: ActivationCache, hook: HookPlan, device: str) -> HeldOu
     masked = _masked_variant(cache)
     pieces: dict[str, list[np.ndarray]] = {"calibration": [], "clean": [], "masked": [], "replaced": []}
     for shard in cache.held_out_shards:
-        flags = cache.column("flags", shard)
-        usable = ((flags & FLAG_VALID) > 0) & ((flags & (FLAG_BOS | FLAG_SPECIAL | FLAG_PAD)) == 0)
+        usable = ordinary_rows(cache.column("flags", shard))
         odd = cache.column("doc", shard) % 2 == 1
         calibrating, scored = np.flatnonzero(usable & odd), np.flatnonzero(usable & ~odd)
         clean = cache.activations(hook.name, "clean", shard)
@@ -240,7 +229,7 @@ def make_splice(loaded: LoadedModel, hook: HookPlan, tokens: np.ndarray, feature
 
     features: bool [n, window, n_features], what the oracle reconstructs from.
     """
-    special = np.isin(tokens, loaded.tokenizer.all_special_ids)
+    special = np.isin(tokens, loaded.special_ids)
     windows, replaced = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(~special).to(loaded.device)
     hook_point = HookPoint.parse(hook.hook_point)
     return Splice(

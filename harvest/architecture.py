@@ -58,6 +58,7 @@ class LoadedModel:
     n_layers: int
     d_model: int
     vocab_size: int
+    special_ids: tuple[int, ...]
     max_tokens: int | None  # the longest text it can read, if there is such a limit
     device: torch.device  # where it runs; its weights may wait on the host until `release_rest`
     dtype: torch.dtype

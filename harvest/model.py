@@ -21,6 +21,7 @@ from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
 from harvest.architecture import FAMILIES, LoadedModel, find_places, hf_name
 from harvest.locate import SHORT_NAMES, ShortName, defaults, lasting_name, locate
+from harvest.masking import special_ids
 from harvest.probe import proven_places
 from harvest.reader import add_hook, move, open_reader, release_rest
 
@@ -89,6 +90,7 @@ def load_model(
         n_layers=text.num_hidden_layers,
         d_model=text.hidden_size,
         vocab_size=text.vocab_size,
+        special_ids=special_ids(tokenizer),
         max_tokens=getattr(text, "max_position_embeddings", None),
         device=torch_device,
         dtype=torch_dtype,

@@ -59,6 +59,7 @@ def tiny_loaded(family: str, model: PreTrainedModel | None = None, dtype: torch.
     """As `load_model` gives it."""
     model = tiny_model(tiny_config(family), dtype) if model is None else model
     return LoadedModel(
+        special_ids=(),
         model=model,
         tokenizer=make_tokenizer(family),
         name=family,

@@ -24,7 +24,7 @@ from cache_spec import (
 from cache_spec.moments import merge, moments_of, widen
 
 ORDINARY = FLAG_VALID
-NOT_ORDINARY = (FLAG_VALID | FLAG_BOS, FLAG_VALID | FLAG_SPECIAL, FLAG_PAD, FLAG_VALID | FLAG_BOS | FLAG_SPECIAL)
+NOT_ORDINARY = (0, FLAG_VALID | FLAG_BOS, FLAG_VALID | FLAG_SPECIAL, FLAG_PAD, FLAG_VALID | FLAG_BOS | FLAG_SPECIAL)
 
 
 def plain(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from loader_fixtures import WIDTHS, make_loader_cache
 from train_fixtures import DATA, SCALE, make_training_cache
 
-from cache_spec import CacheError, UserError
-from train.columns import SKIPPED
+from cache_spec import CacheError, UserError, ordinary_rows
 from train.loader import MixedBatchLoader
 
 
@@ -34,7 +33,7 @@ def caches(tmp_path_factory):
 def usable_rows(cache, variant_bit=None) -> np.ndarray:
     rows = []
     for shard in cache.train_shards:
-        keep = (cache.column("flags", shard) & SKIPPED) == 0
+        keep = ordinary_rows(cache.column("flags", shard))
         if variant_bit is not None:
             keep &= ((cache.column("mask", shard) & 1) != 0) == variant_bit
         rows.append(np.flatnonzero(keep) + shard * cache.plan.shard_rows)

@@ -146,7 +146,13 @@ def test_an_unchecked_cache_is_taken_as_it_is(io):
         cache = make_loader_cache(folder / "cache")
         damage(cache, ("layer_1", "clean", 0))
         unchecked = ActivationCache.open(cache.path, check=False)
-        MixedBatchLoader(unchecked, DataConfig(hook="layer_1", n_tokens=32, batch_size=16, io=io)).read(0)
+        data = DataConfig(hook="layer_1", n_tokens=32, batch_size=16, io=io)
+        loader = MixedBatchLoader(unchecked, data)
+        rows = loader.read(0)
+        true = unchecked.read("layer_1", "clean", rows.row).astype(np.float32) * loader.hook.scale_factor
+        np.testing.assert_allclose(rows.clean.numpy(), true / loader.scale.norm_factor, rtol=1e-6)
+        with pytest.raises(CacheDamaged, match="clean/c/0/0"):  # where it is checked, the same file is refused
+            read_epoch(cache, data, [])
 
 
 def test_a_file_that_becomes_shorter_is_an_error_and_not_zeros():

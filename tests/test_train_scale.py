@@ -10,9 +10,8 @@ import torch
 from loader_fixtures import make_loader_cache
 from train_fixtures import DATA, SCALE, make_training_cache, run_config
 
-from cache_spec import ActivationCache, UserError
+from cache_spec import ActivationCache, UserError, ordinary_rows
 from cache_spec.layout import activation_file
-from train.columns import SKIPPED
 from train.held_out import MAX_ROWS, held_out_rows, held_out_targets, measure_held_out
 from train.loader import MixedBatchLoader
 from train.names import find, parse_setting
@@ -29,7 +28,7 @@ def usable(loader, variant: str) -> torch.Tensor:
     """All rows to train on, in training units, from the cache itself."""
     rows = []
     for shard in loader.shards:
-        keep = (loader.cache.column("flags", shard) & SKIPPED) == 0
+        keep = ordinary_rows(loader.cache.column("flags", shard))
         rows.append(loader.cache.activations("layer_1", variant, shard)[keep].astype(np.float64))
     return torch.from_numpy(np.concatenate(rows) * SCALE / loader.scale.norm_factor)
 
@@ -81,7 +80,7 @@ def test_the_norm_factor_is_of_all_rows_by_the_cache_s_moments_and_of_the_sample
     monkeypatch.setattr("train.loader.SAMPLE_ROWS", 4 * len(cache.train_shards))
     exact, whole = [], []
     for shard in cache.train_shards:
-        keep = (cache.column("flags", shard) & SKIPPED) == 0
+        keep = ordinary_rows(cache.column("flags", shard))
         rows = cache.activations("layer_1", "clean", shard).astype(np.float64) * cache.hook("1").scale_factor
         exact.append((rows[keep] ** 2).sum(1))
         unreplaced = keep & ((cache.column("mask", shard) & 1) == 0)
@@ -98,7 +97,7 @@ def test_the_norm_factor_is_of_all_rows_by_the_cache_s_moments_and_of_the_sample
 def test_a_value_that_is_no_number_is_refused_even_unchecked(tmp_path, io, value, variant, shard):
     """The sentence names the hook point and the shard; shard 3 is held out."""
     cache = make_loader_cache(tmp_path / "cache")
-    row = int(np.flatnonzero((cache.column("flags", shard) & SKIPPED) == 0)[5])
+    row = int(np.flatnonzero(ordinary_rows(cache.column("flags", shard)))[5])
     with (cache.path / activation_file("layer_3", variant, shard)).open("r+b") as file:
         file.seek(2 * (6 * row + 4))
         file.write(np.array([value], "<f2").tobytes())
@@ -117,7 +116,7 @@ def test_a_transcoder_s_held_out_targets_are_the_same_rows_at_the_other_hook_poi
     loader = MixedBatchLoader(cache, replace(DATA, target_hook="layer_3"))
     rows, targets = held_out_rows(loader), held_out_targets(loader)
     (shard,) = cache.held_out_shards
-    keep = (cache.column("flags", shard) & SKIPPED) == 0
+    keep = ordinary_rows(cache.column("flags", shard))
     assert rows is not None
     assert targets is not None
     for found, name, scale in ((rows, "layer_1", loader.scale), (targets, "layer_3", loader.target_scale)):
@@ -190,7 +189,7 @@ def test_held_out_rows_are_normalised_clean_and_without_first_tokens(loader):
     assert rows is not None
     expected = []
     for shard in loader.cache.held_out_shards:
-        keep = (loader.cache.column("flags", shard) & SKIPPED) == 0
+        keep = ordinary_rows(loader.cache.column("flags", shard))
         expected.append(loader.cache.activations("layer_1", "clean", shard)[keep].astype(np.float64))
     true = np.concatenate(expected) * SCALE / loader.scale.norm_factor
     assert len(true) < MAX_ROWS

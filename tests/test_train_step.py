@@ -184,7 +184,13 @@ def test_a_penalty_that_does_not_fit_is_refused(arch, penalties, word):
 
 @pytest.mark.parametrize("arch", available("architectures"))
 def test_an_architecture_s_own_penalties_fit_it(arch):
-    try_penalties(run_config(arch), recipe_of(run_config(arch)))
+    config = run_config(arch)
+    recipe = recipe_of(config)
+    try_penalties(config, recipe)  # refuses one that does not fit
+    run = make_run(arch=arch)
+    _, loss = run.step(batch(0), batch(0))
+    assert penalties_of(config, recipe)
+    assert loss.isfinite()
 
 
 def test_penalties_can_be_changed_added_and_switched_off():

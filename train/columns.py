@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache_spec.cache import ActivationCache
-from cache_spec.layout import FLAG_BOS, FLAG_PAD, FLAG_SPECIAL
+from cache_spec.moments import ordinary_rows
 from train.recent import Recent
-
-SKIPPED = FLAG_BOS | FLAG_SPECIAL | FLAG_PAD  # a first token's huge norm would rule the scale and b_dec
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class RowColumns:
         return self._latest.get(shard, self._read)
 
     def _read(self, shard: int) -> ShardRows:
-        usable = (self._cache.column("flags", shard) & SKIPPED) == 0
+        usable = ordinary_rows(self._cache.column("flags", shard))  # a first token's huge norm would rule the scale
         unreplaced = np.ones(len(usable), bool)
         if self._bit:
             unreplaced = (self._cache.column("mask", shard) & self._bit) == 0

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache_spec.moments import ordinary_rows
 from cache_spec.plan import HookPlan
-from train.columns import SKIPPED
 from train.loader import MixedBatchLoader
 from train.scale import Scale, refuse_non_finite
 from train.step import TrainRun
@@ -34,7 +34,7 @@ def _rows(loader: MixedBatchLoader, hook: HookPlan, scale: Scale) -> Tensor | No
     for shard in loader.cache.held_out_shards:
         if n_left <= 0:
             break
-        usable = np.flatnonzero((loader.cache.column("flags", shard) & SKIPPED) == 0)[:n_left]
+        usable = np.flatnonzero(ordinary_rows(loader.cache.column("flags", shard)))[:n_left]
         stored = torch.from_numpy(loader.cache.activations(hook.name, "clean", shard)[usable])
         chosen.append(stored.to(loader.device).to(torch.float32))
         refuse_non_finite(chosen[-1].sum(1), f"{hook.name} in held-out shard {shard} of {loader.cache.path}")
