@@ -38,13 +38,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def make_plan(d_model: int, shard_rows: int, chunk_rows: int, n_shards: int) -> Plan:
     """One hook point, clean rows only."""
     point = HookPoint("resid_post", 1)
-    names = {"hook_point": str(point), "tl_name": point.tl_name, "hf_name": "model.layers.1"}
+    hook = HookPlan(
+        name=point.group,
+        hook_point=str(point),
+        tl_name=point.tl_name,
+        hf_name="model.layers.1",
+        d_model=d_model,
+    )
     return Plan(
         n_rows=n_shards * shard_rows,
         n_train_rows=n_shards * shard_rows,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
-        hooks=(HookPlan(name=point.group, d_model=d_model, **names),),
+        hooks=(hook,),
         variants=(VariantPlan(name="clean", kind="clean"),),
         window_tokens=128,
         n_train_windows=n_shards * shard_rows,

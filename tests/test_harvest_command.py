@@ -118,10 +118,8 @@ def test_an_interrupted_command_goes_on_and_ends_byte_for_byte_as_an_uninterrupt
     assert "Traceback" not in said
     assert not list(tmp_path.rglob("*.partial"))
     assert 1 <= len(ActivationCache.open(tmp_path / "cut", allow_partial=True).shards) < 7
-    # In new processes, like the first one: other tests of this process may have changed torch's threads, and so the
-    # last bit of an activation.
-    for rest in (arguments, command(model, text, tmp_path / "whole")):
-        subprocess.run([sys.executable, "-m", "harvest", *rest], cwd=ROOT, check=True, capture_output=True)
+    invoke(*arguments)
+    invoke(*command(model, text, tmp_path / "whole"))
     cut, whole = files_of(tmp_path / "cut"), files_of(tmp_path / "whole")
     assert len(whole) > 7 * 9
     assert cut == whole

@@ -78,8 +78,12 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads; another number rounds differently.")] = 1,
 ) -> None:
     """Train the embedded language model and write its folder: weights, tokenizer, model card."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    facts = build(out, n_steps=steps, n_documents=documents, n_test_documents=test_documents, seed=seed)
+    try:
+        facts = build(out, n_steps=steps, n_documents=documents, n_test_documents=test_documents, seed=seed)
+    finally:
+        torch.set_num_threads(before)  # whoever called this in their own process rounds as before
     for name, numbers in (("in distribution", facts.in_distribution), ("shifted", facts.shifted)):
         print(f"{name}: loss {numbers.loss:.3f}, floor {numbers.floor:.3f}, spelling {numbers.spelling:.3f}")
     print(f"written: {out}")
