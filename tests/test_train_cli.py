@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from train_fixtures import DATA, make_training_cache
 from typer.testing import CliRunner
 
@@ -289,7 +290,7 @@ def test_the_plan_says_how_many_passes_before_anything_starts(cache, tmp_path):
     assert "4 SAEs need about" in run(*grid)
     loader = MixedBatchLoader(cache, replace(DATA, n_tokens=640))
     runs = make_runs(replace(LISTS, seed=(0, 1, 2, 3)), schedule_for(loader), SCALE, DATA)
-    memory = needed_bytes(runs[:2], loader, 1)
+    memory = needed_bytes(runs[:2], loader, torch.get_num_threads())  # as many steps at once as the command runs
     assert "2 passes of 2, each reads the cache" in run(*grid, "--arch", "topk", "--memory", memory)
 
 
