@@ -150,11 +150,14 @@ def test_a_machine_with_too_little_memory_is_refused(tmp_path, monkeypatch):
 @example(999_499)
 @example(999_500)
 @example(99_950_000_000)
+@example(999_500_000_000_000)
 def test_a_size_is_right_to_one_percent(n_bytes):
     number, unit = size(n_bytes).split(" ")
     factor = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[unit]
     assert float(number.replace(",", "")) * factor == pytest.approx(n_bytes, rel=0.005)
-    assert len(number.replace(",", "").replace(".", "").lstrip("0")) <= 3 or n_bytes > 10**15
+    assert (
+        len(number.replace(",", "").replace(".", "").lstrip("0")) <= 3 or n_bytes >= 999_500_000_000_000
+    )  # no unit above TB
     assert "e" not in number
 
 
