@@ -29,6 +29,8 @@ SEEDS ?= 0
 PRESET ?=
 TRACK ?=
 RUNS ?= runs
+METRICS ?=
+PROBE_DATA ?=
 OUT ?=
 
 help:  ## list the targets
@@ -80,8 +82,9 @@ train: setup  ## ARCH= [CACHE= K= D_SAE= MASKED_FRACTION= SEEDS= TOKENS= PRESET=
 		$(if $(TOKENS),--tokens $(TOKENS)) $(if $(PRESET),--preset $(PRESET)) $(if $(TRACK),--track $(TRACK)) \
 		$(if $(DEVICE),--device $(DEVICE)) --resume --out '$(or $(OUT),runs)'
 
-evaluate: setup  ## [RUNS= DEVICE=]: measure the runs, write report.html
-	$(PY) -m evaluate '$(RUNS)' $(if $(DEVICE),--device $(DEVICE))
+evaluate: setup  ## [RUNS= METRICS= PROBE_DATA= DEVICE=]: measure the runs, write report.html
+	$(PY) -m evaluate '$(RUNS)' $(if $(METRICS),--metrics $(METRICS)) $(if $(PROBE_DATA),--probe-data '$(PROBE_DATA)') \
+		$(if $(DEVICE),--device $(DEVICE))
 
 test: setup  ## all tests, offline
 	$(PY) -m pytest
@@ -98,9 +101,10 @@ format: setup  ## let ruff rewrite what it can
 test-compat: setup  ## load a run in SAELens, in an environment of its own (.venv-compat)
 	$(PY) -m benchmarks.saelens_compat
 
-bench: setup  ## size of the code; harvest against the bare model; loaders; the cache; from git clone to the report
+bench: setup  ## size of the code; harvest against the bare model; loaders; the cache; 12 SAEs evaluated against 1; the demo
 	$(PY) -m benchmarks.size
 	$(PY) -m benchmarks.harvest
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.cache
+	$(PY) -m benchmarks.evaluate
 	$(PY) -m benchmarks.demo

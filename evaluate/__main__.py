@@ -7,30 +7,62 @@ import typer
 
 from cache_spec.command import run_command
 from evaluate.names import available
+from evaluate.text_sources import TextSources
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(
-    help="Measure every finished run in a folder on clean held-out text at a matched L0, with controls, and compare "
-    "recipes seed by seed. Writes report.json beside each run, and report.json and report.html over all."
+    help="Measure every finished run in a folder, and SAEs of others, on clean held-out text at a matched L0, with "
+    "controls, and compare recipes seed by seed. Writes report.json beside each run, and report.json and report.html "
+    "over all. What was measured before by the same code is not measured again."
 )
 def evaluate(
-    runs: Annotated[Path, typer.Argument(help="The folder that python -m train wrote with --out, or one run.")],
+    runs: Annotated[
+        Path | None, typer.Argument(help="The folder that python -m train wrote with --out, or one run.")
+    ] = None,
     metrics: Annotated[
         str, typer.Option(help=f"Comma separated: {', '.join(available())}. Default: all of them.")
     ] = "",
+    sae: Annotated[
+        list[str] | None,
+        typer.Option(help="An SAE that SAELens 6 reads: a folder, owner/name or owner/name:subfolder; repeatable."),
+    ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Where the runs' cache is now, if it was moved; default: where run.json says.")
+        Path | None, typer.Option(help="The cache to measure on, if it was moved or for --sae; default: the runs' own.")
+    ] = None,
+    hook: Annotated[str, typer.Option(help="The cache's hook point for --sae; default: what its cfg.json says.")] = "",
+    probe_data: Annotated[
+        list[Path] | None, typer.Option(help="Labelled text to probe on: a jsonl or csv file or a folder; repeatable.")
+    ] = None,
+    sae_probes: Annotated[
+        bool, typer.Option(help="Also probe on the out-of-distribution sets of the installed sae-probes package.")
+    ] = False,
+    shifted_text: Annotated[
+        Path | None, typer.Option(help="Text of another distribution, to reconstruct: a text file.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where SAEs and model run: cpu, cuda, cuda:1, mps.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Folder for the report over all runs; default: RUNS.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report over all runs; default: RUNS, else evaluation.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides the generated test text and which rows are sampled.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,
 ) -> None:
     # This imports torch and transformers, which take seconds; --help and a mistyped option should not.
     from evaluate.command import run
 
-    run(runs, metrics=metrics, cache=cache, device=device, out=out or runs, seed=seed)
+    run(
+        runs,
+        metrics=metrics,
+        saes=sae or (),
+        cache=cache,
+        hook=hook,
+        sources=TextSources(probe_data=tuple(probe_data or ()), sae_probes=sae_probes, shifted_text=shifted_text),
+        device=device,
+        out=out or runs or Path("evaluation"),
+        seed=seed,
+        fresh=fresh,
+    )
 
 
 if __name__ == "__main__":

@@ -1,256 +1,242 @@
 """Make the bench: the rows, labelled text and model that all runs of one cache and hook point share."""
 
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import torch
-
-from cache_spec import ActivationCache, CacheDamaged, CacheError, HookPlan, UserError, ordinary_rows
+from cache_spec import ActivationCache, HookPlan, UserError
 from cache_spec.hook_point import HookPoint
-from cache_spec.seeds import derive_seed
-from evaluate.language import EVERYWHERE, PARENT_ROWS, PROBE_ROWS, Language
-from evaluate.rows import Rows
-from evaluate.splicing import MAX_LOGIT_BYTES, Splice, model_rows
-from evaluate.subject import Bench
-from harvest import embedded
+from cache_spec.plan import VariantPlan
+from evaluate.generated_text import make_language, shifted_sample
+from evaluate.held_out import read_held_out
+from evaluate.labelled_text import TextTask, read_labelled, read_plain_text
+from evaluate.language import Language
+from evaluate.masked_language import MaskedLanguage, make_masked_language
+from evaluate.public_ood import public_tasks
+from evaluate.spelling import make_spelling
+from evaluate.store import Store
+from evaluate.subject import Bench, ModelFacts
+from evaluate.tasks import ProbeData
+from evaluate.text_rows import make_text_tasks
+from evaluate.text_sources import TextSources
+from evaluate.windows import (
+    Source,
+    Windows,
+    generated_windows,
+    held_out_windows,
+    make_splice,
+    most_windows,
+    packed_windows,
+    sampled_rows,
+)
 from harvest.model import LoadedModel, load_model
 
 EMBEDDED_MODEL = "tiny"
-MODEL_COLUMNS = "columns that need the model (loss with the reconstruction in place)"
-MAX_ROWS = 65536  # most rows to calibrate on, and most to score
-N_DOCUMENTS = {"fit": 1500, "test": 1500, "shifted": 1000}
-N_EVERYWHERE = 20000  # tokens of the even sample that recovery is measured on
-N_SPLICE_WINDOWS = 200
+WHAT = {  # a field of the bench in words: what is missing without it
+    "splice": "loss with the reconstruction in place",
+    "splice_shifted": "loss on shifted text",
+    "shifted": "reconstruction of shifted text",
+    "tasks": "probing and its out-of-distribution gap",
+    "language": "absorption, recovery and hedging against ground truth",
+    "masked_language": "co-activation of parents and children in the data",
+    "spelling": "first-letter absorption",
+}
+NEEDS_MODEL = frozenset(WHAT)
 
 
 def make_bench(
-    cache: ActivationCache, hook: HookPlan, *, device: str, seed: int, with_model: bool, with_language: bool
+    cache: ActivationCache,
+    hook: HookPlan,
+    *,
+    device: str,
+    seed: int,
+    wanted: Set[str],
+    store: Store,
+    sources: TextSources,
 ) -> Bench:
-    """Read the held-out rows and, if asked for, load the model and write labelled text.
+    """Read the held-out rows and make what is `wanted` (names of Bench fields) of the rest.
 
-    What cannot be had is said in `Bench.missing`; only a cache without held-out rows is an error.
+    What cannot be had is said in `Bench.missing`; only a cache without held-out rows and text that cannot be read are
+    errors.
     """
     held_out = read_held_out(cache, hook, device)
-    facts, missing = cache.plan.model, []
-    loaded = language = splice = None
-    embedded_revision = load_model(EMBEDDED_MODEL, weights=False).revision
-    is_embedded = facts.get("revision") == embedded_revision  # by content: its folder may have been given instead
-    if with_model or (with_language and is_embedded):
-        loaded, reason = _same_model(cache, device, EMBEDDED_MODEL if is_embedded else facts["id"])
+    rows: dict[str, Any] = {
+        "calibration": held_out.calibration,
+        "clean": held_out.clean,
+        "masked": held_out.masked,
+        "replaced": held_out.replaced,
+    }
+    facts = {
+        "cache_id": cache.plan.cache_id,
+        "hook": hook.name,
+        "seed": seed,
+        "sources": sources.facts(),
+    }
+    texts = _Texts.read(sources)
+    missing = [] if held_out.masked is not None else ["robustness and masked rows: the cache has no masked variant"]
+    if "tasks" in wanted:
+        missing += [note for task in texts.tasks for note in task.notes()]
+    loaded, is_embedded = None, False
+    if wanted & NEEDS_MODEL:
+        loaded, is_embedded, reason = _model_of(cache, device)
         if loaded is None:
-            missing.append(f"{MODEL_COLUMNS} are missing: {reason}")
-    if with_language and not is_embedded:
-        missing.append(
-            f"columns that need ground truth are missing: they exist for the embedded model ({EMBEDDED_MODEL} at "
-            f"{embedded_revision}) only, and this cache is of {facts.get('id')} at {facts.get('revision')}"
-        )
-    if with_language and is_embedded and loaded is not None:
-        language = make_language(loaded, HookPoint.parse(hook.hook_point), seed)
-    elif with_language and is_embedded:
-        missing.append("columns that need ground truth are missing, because they need the model too")
-    if with_model and loaded is not None:
-        windows, reason = (splice_windows(seed), "") if is_embedded else _held_out_windows(cache)
-        if windows is None:
-            missing.append(f"{MODEL_COLUMNS} are missing: {reason}")
-        else:
-            splice = make_splice(loaded, hook, windows.tokens, windows.features)
-    return Bench(
-        calibration=held_out.calibration,
-        clean=held_out.clean,
-        masked=held_out.masked,
-        replaced=held_out.replaced,
-        language=language,
-        splice=splice,
-        missing=tuple(missing),
+            names = ", ".join(WHAT[name] for name in WHAT if name in wanted)
+            missing.append(f"what needs the model ({names}): {reason}")
+    if loaded is None:
+        return Bench(**rows, model=ModelFacts(id=str(cache.plan.model.get("id"))), facts=facts, missing=tuple(missing))
+    making = _Making(
+        cache=cache,
+        source=Source(loaded=loaded, hook_point=HookPoint.parse(hook.hook_point), store=store),
+        texts=texts,
+        seed=seed,
+        wanted=wanted,
+        is_embedded=is_embedded,
     )
+    made = dict(making.fields(missing))
+    n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    model = ModelFacts(id=str(cache.plan.model.get("id")), n_parameters=n_parameters)
+    return Bench(**rows, **made, model=model, facts=facts, missing=tuple(missing))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HeldOut:
-    """The held-out rows of a cache: calibration and scored rows come from different documents."""
+def _model_of(cache: ActivationCache, device: str) -> tuple[LoadedModel | None, bool, str]:
+    """The model that the cache was made with, whether it is the embedded one; or None and the reason.
 
-    calibration: Rows
-    clean: Rows
-    masked: Rows | None
-    replaced: np.ndarray | None
-
-
-def read_held_out(cache: ActivationCache, hook: HookPlan, device: str) -> HeldOut:
-    """Up to 65,536 rows to calibrate on (documents with odd numbers) and as many to score, specials left out.
-
-    Raises CacheError if the cache holds no rows out of training, or too few to split, and CacheDamaged if some are not
-    finite.
+    The embedded model is known by its content: its folder may have been given instead of its name.
     """
-    masked = _masked_variant(cache)
-    pieces: dict[str, list[np.ndarray]] = {"calibration": [], "clean": [], "masked": [], "replaced": []}
-    for shard in cache.held_out_shards:
-        usable = ordinary_rows(cache.column("flags", shard))
-        odd = cache.column("doc", shard) % 2 == 1
-        calibrating, scored = np.flatnonzero(usable & odd), np.flatnonzero(usable & ~odd)
-        clean = cache.activations(hook.name, "clean", shard)
-        pieces["calibration"].append(clean[calibrating])
-        pieces["clean"].append(clean[scored])
-        if masked is not None:
-            bit, name = masked
-            pieces["masked"].append(cache.activations(hook.name, name, shard)[scored])
-            pieces["replaced"].append((cache.column("mask", shard)[scored] >> bit) & 1 == 1)
-        if min(_n_rows(pieces["calibration"]), _n_rows(pieces["clean"])) >= MAX_ROWS:
-            break
-    if not min(_n_rows(pieces["calibration"]), _n_rows(pieces["clean"])):
-        raise CacheError(
-            f"{cache.path} holds no two documents kept out of training to score on; harvest it with --held-out 0.05"
-        )
-
-    def rows(name: str) -> Rows:
-        stacked = np.concatenate(pieces[name])[:MAX_ROWS].astype(np.float32) * np.float32(hook.scale_factor)
-        if not np.isfinite(stacked).all():
-            raise CacheDamaged(
-                f"{cache.path} holds numbers that are not finite in {hook.name}/{name}, out of training; "
-                f"python -m cache_spec verify {cache.path} says where"
-            )
-        return Rows(x=torch.from_numpy(stacked).to(device))
-
-    return HeldOut(
-        calibration=rows("calibration"),
-        clean=rows("clean"),
-        masked=rows("masked") if masked else None,
-        replaced=np.concatenate(pieces["replaced"])[:MAX_ROWS] if masked else None,
-    )
-
-
-def _n_rows(pieces: list[np.ndarray]) -> int:
-    return sum(map(len, pieces))
-
-
-def _masked_variant(cache: ActivationCache) -> tuple[int, str] | None:
-    """(bit in the mask column, name) of the variant whose rows are scored beside the clean ones."""
-    others = [variant.name for variant in cache.plan.variants[1:]]
-    if not others:
-        return None
-    name = "masked" if "masked" in others else others[0]
-    return others.index(name), name
-
-
-def _same_model(cache: ActivationCache, device: str, name: str) -> tuple[LoadedModel | None, str]:
-    """The model that the cache was made with, loaded by `name`, or None and the reason."""
     facts = cache.plan.model
+    is_embedded = facts.get("revision") == load_model(EMBEDDED_MODEL, weights=False).revision
+    name = EMBEDDED_MODEL if is_embedded else facts["id"]
     try:
         loaded = load_model(name, device=device, dtype=facts.get("dtype", "auto"))
     except UserError as error:
-        return None, str(error)
+        return None, is_embedded, str(error)
     if loaded.revision != facts.get("revision"):
-        return None, (
-            f"{facts['id']} is at revision {loaded.revision} here, and the cache was made with "
-            f"{facts.get('revision')}; harvest again with this one to have them"
+        return (
+            None,
+            is_embedded,
+            (
+                f"{facts['id']} is at revision {loaded.revision} here, and the cache was made with "
+                f"{facts.get('revision')}; harvest again with this one to have them"
+            ),
         )
-    return loaded, ""
+    return loaded, is_embedded, ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SpliceWindows:
-    """Whole test windows: tokens [n_windows, window] and, if known, features, bool [n_windows, window, n_features]."""
+class _Texts:
+    """The user's texts, read before the model is loaded, so that a mistake is said at once."""
 
-    tokens: np.ndarray
-    features: np.ndarray | None = None
+    tasks: tuple[TextTask, ...]
+    shifted: tuple[str, ...]
 
-
-def splice_windows(seed: int) -> SpliceWindows:
-    """The first windows of the "test" text that `make_language` writes with this seed, whole."""
-    corpus = embedded.generate(min(N_SPLICE_WINDOWS, N_DOCUMENTS["test"]), derive_seed("evaluate/text", seed, "test"))
-    features, _ = embedded.ground_truth_features(corpus)
-    return SpliceWindows(tokens=corpus.tokens, features=features.reshape(*corpus.tokens.shape, -1))
-
-
-def make_language(loaded: LoadedModel, hook_point: HookPoint, seed: int) -> Language:
-    """Write three corpora, run the model on them, and label the rows.
-
-    Kept are as many rows as relations and probe tasks read at most, and an even sample of the tokens of "fit" (for the
-    oracle) and of "test" (for recovery).
-    """
-    corpora = {
-        part: embedded.generate(n_documents, derive_seed("evaluate/text", seed, part), part == "shifted")
-        for part, n_documents in N_DOCUMENTS.items()
-    }
-    generators = {part: np.random.default_rng(derive_seed("evaluate/rows", seed, part)) for part in corpora}
-    even = {part: _even_sample(corpora[part], generators[part]) for part in ("fit", "test")}
-    positions = {part: _read_positions(corpora[part], generators[part]) for part in corpora}
-    positions["test"][EVERYWHERE] = even["test"]
-    rows = {part: _labelled(loaded, hook_point, corpora[part], positions[part]) for part in corpora}
-    _, names = embedded.ground_truth_features(corpora["test"])
-    return Language(
-        **rows,
-        even=_labelled(loaded, hook_point, corpora["fit"], {EVERYWHERE: even["fit"]}),
-        relations=embedded.RELATIONS,
-        tasks=embedded.PROBE_TASKS,
-        value_names=embedded.VALUE_NAMES,
-        feature_names=names,
-        seed=seed,
-    )
+    @classmethod
+    def read(cls, sources: TextSources) -> "_Texts":
+        tasks = [task for path in sources.probe_data for task in read_labelled(path)]
+        tasks += public_tasks() if sources.sae_probes else []
+        shifted = () if sources.shifted_text is None else tuple(read_plain_text(sources.shifted_text))
+        return cls(tasks=tuple(tasks), shifted=shifted)
 
 
-def _even_sample(corpus: embedded.Corpus, generator: np.random.Generator) -> np.ndarray:
-    """Booleans [n_tokens], true at a sample of all tokens but the first of each window."""
-    text = np.ones(corpus.tokens.shape, dtype=bool)
-    text[:, 0] = False
-    return _thinned(text.reshape(-1), N_EVERYWHERE, generator)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Making:
+    """What one model, hook point and set of texts give."""
+
+    cache: ActivationCache
+    source: Source
+    texts: _Texts
+    seed: int
+    wanted: Set[str]
+    is_embedded: bool
+
+    def fields(self, missing: list[str]) -> Iterator[tuple[str, Any]]:
+        """Names and values of the bench's optional fields; `missing` gets a sentence for each that cannot be had."""
+        language = self._language(missing)
+        yield "language", language
+        if "tasks" in self.wanted:
+            yield "tasks", self._tasks(language, missing)
+        if "masked_language" in self.wanted and language is not None:
+            yield "masked_language", self._masked_language(language)
+        if "splice" in self.wanted:
+            yield "splice", self._splice(missing)
+        if self.wanted & {"shifted", "splice_shifted"}:
+            yield from self._shifted(language, missing)
+        if "spelling" in self.wanted:
+            spelling, reason = make_spelling(
+                self.source.loaded, self.source.hook_point, store=self.source.store, seed=self.seed
+            )
+            if spelling is None:
+                missing.append(f"{WHAT['spelling']}: {reason}")
+            yield "spelling", spelling
+
+    def _language(self, missing: list[str]) -> Language | None:
+        truth = {"language", "masked_language"}
+        if not self.wanted & {*truth, "tasks", "shifted"}:
+            return None
+        if self.is_embedded:
+            return make_language(self.source, self.seed)
+        if self.wanted & truth:
+            names = " and ".join(WHAT[name] for name in WHAT if name in self.wanted & truth)
+            missing.append(
+                f"{names}: they need ground truth, which the embedded model ({EMBEDDED_MODEL}) has, and this cache is "
+                f"of {self.cache.plan.model.get('id')}"
+            )
+        return None
+
+    def _tasks(self, language: Language | None, missing: list[str]) -> tuple[ProbeData, ...]:
+        tasks = language.probe_data if language is not None else ()
+        tasks += make_text_tasks(
+            self.source.loaded, self.source.hook_point, self.texts.tasks, store=self.source.store, seed=self.seed
+        )
+        if not tasks:
+            missing.append(f"{WHAT['tasks']}: there is no labelled text; give some with --probe-data or --sae-probes")
+        return tasks
+
+    def _masked_language(self, language: Language) -> MaskedLanguage | None:
+        variant = _mask_of(self.cache)
+        if variant is None:
+            return None
+        return make_masked_language(
+            self.source.loaded,
+            self.source.hook_point,
+            language,
+            seed=self.seed,
+            mask_token=variant.mask_token,
+            mask_prob=variant.mask_prob,
+            store=self.source.store,
+        )
+
+    def _splice(self, missing: list[str]) -> Any:
+        windows, reason = (
+            (generated_windows(self.seed, "test"), "") if self.is_embedded else held_out_windows(self.cache)
+        )
+        if windows is None:
+            missing.append(f"{WHAT['splice']}: {reason}")
+            return None
+        return make_splice(self.source, windows, "splice")
+
+    def _shifted(self, language: Language | None, missing: list[str]) -> Iterator[tuple[str, Any]]:
+        windows = self._shifted_windows()
+        if not len(windows.tokens):
+            if not self.is_embedded:
+                why = "--shifted-text fills no window" if self.texts.shifted else "give text with --shifted-text"
+                missing.append(f"{WHAT['shifted']}: {why}")
+            return
+        if self.texts.shifted or language is None:
+            yield "shifted", sampled_rows(self.source, windows, "shifted", self.seed)
+        else:
+            yield "shifted", shifted_sample(language)
+        if "splice_shifted" in self.wanted:
+            n = max(1, most_windows(self.cache) // 2)  # a loss beside the main one
+            features = None if windows.features is None else windows.features[:n]
+            few = Windows(tokens=windows.tokens[:n], features=features)
+            yield "splice_shifted", make_splice(self.source, few, "splice-shifted")
+
+    def _shifted_windows(self) -> Windows:
+        if self.is_embedded and not self.texts.shifted:
+            return generated_windows(self.seed, "shifted")
+        return packed_windows(self.source.loaded, self.texts.shifted, self.cache.plan.window_tokens)
 
 
-def _read_positions(corpus: embedded.Corpus, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """The position sets that something reads, [n_tokens] each, thinned to what it reads at most."""
-    most = {task.positions: PROBE_ROWS for task in embedded.PROBE_TASKS}
-    most |= {relation.positions: PARENT_ROWS for relation in embedded.RELATIONS}
-    return {name: _thinned(corpus.positions[name].reshape(-1), n, generator) for name, n in most.items()}
-
-
-def _thinned(chosen: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
-    numbers = np.flatnonzero(chosen)
-    kept = np.zeros_like(chosen)
-    kept[numbers if len(numbers) <= most else generator.choice(numbers, most, replace=False)] = True
-    return kept
-
-
-def _labelled(
-    loaded: LoadedModel, hook_point: HookPoint, corpus: embedded.Corpus, positions: dict[str, np.ndarray]
-) -> Rows:
-    """Activations and labels of the tokens that are in any of the position sets."""
-    keep = np.any(list(positions.values()), axis=0)
-    features, _ = embedded.ground_truth_features(corpus)
-    where = torch.from_numpy(keep.reshape(corpus.tokens.shape))
-    return Rows(
-        x=model_rows(loaded, hook_point, torch.from_numpy(corpus.tokens), where),
-        attributes={name: values.reshape(-1)[keep] for name, values in corpus.attributes.items()},
-        positions={name: values[keep] for name, values in positions.items()},
-        features=features[keep],
-    )
-
-
-def make_splice(loaded: LoadedModel, hook: HookPlan, tokens: np.ndarray, features: np.ndarray | None = None) -> Splice:
-    """Test windows [n, window] whose activations are replaced at every token that is not special.
-
-    features: bool [n, window, n_features], what the oracle reconstructs from.
-    """
-    special = np.isin(tokens, loaded.special_ids)
-    windows, replaced = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(~special).to(loaded.device)
-    hook_point = HookPoint.parse(hook.hook_point)
-    return Splice(
-        loaded=loaded,
-        hook_point=hook_point,
-        tokens=windows.to(loaded.device),
-        replaced=replaced,
-        rows=Rows(
-            x=model_rows(loaded, hook_point, windows, replaced),
-            features=None if features is None else features[~special],
-        ),
-    )
-
-
-def _held_out_windows(cache: ActivationCache) -> tuple[SpliceWindows | None, str]:
-    """Held-out windows of the cache, as many as the log-probabilities have room for; or None and the reason."""
-    plan = cache.plan
-    n_bytes = plan.window_tokens * int(plan.model["vocab_size"]) * 4
-    n = max(1, min(N_SPLICE_WINDOWS, plan.n_held_out_windows, MAX_LOGIT_BYTES // n_bytes))
-    path = cache.path / "_granary" / "windows.npy"
-    if not path.is_file():
-        return None, f"{path}, the tokens to run it on, is not there; copy it from where the cache was made"
-    windows = np.load(path, mmap_mode="r")
-    return SpliceWindows(tokens=np.asarray(windows[plan.n_train_windows : plan.n_train_windows + n])), ""
+def _mask_of(cache: ActivationCache) -> VariantPlan | None:
+    """The masked variant whose mask string and probability stand for the cache's; None if there is none."""
+    return next((variant for variant in cache.plan.variants if variant.kind == "mask"), None)

@@ -1,47 +1,71 @@
 """What `python -m evaluate` does: find the runs, measure, compare, write the reports, say what they show."""
 
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cache_spec.errors import UserError
 from cache_spec.files import readable_json, write_file
 from evaluate import wording
-from evaluate.compare import differences, summaries, unreliable
-from evaluate.measuring import REPORT, Measured, measure
+from evaluate.cases import REPORT
+from evaluate.columns import Column
+from evaluate.compare import compare
+from evaluate.measuring import Asked, measure
 from evaluate.names import Metric, available, find
 from evaluate.page import render
+from evaluate.recipes import Measured
 from evaluate.report import overall_report
-from evaluate.runs import RUN_FILE, RunsIncomplete, find_runs, reasons
+from evaluate.runs import RunsIncomplete, find_runs, reasons
+from evaluate.text_sources import TextSources
 from train.reading import read_device
+from train.run_folder import FACTS
 
 PAGE = "report.html"
 
 
-def run(folder: Path, *, metrics: str, cache: Path | None, device: str, out: Path, seed: int) -> None:
+def run(
+    folder: Path | None,
+    *,
+    out: Path,
+    metrics: str = "",
+    saes: Sequence[str] = (),
+    cache: Path | None = None,
+    hook: str = "",
+    sources: TextSources | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    fresh: bool = False,
+) -> None:
     """Everything the command does. Raises UserError for what a user can mend."""
     chosen = choose_metrics(metrics)
     read_device(device)  # a wrong one is said before anything is read
     check_folder(out)
-    complete, left_out = find_runs(folder)
-    for name, why in left_out.items():
+    if folder is None and not saes:
+        raise UserError("there is nothing to measure; give the folder of runs, or SAEs with --sae")
+    complete, left_out = find_runs(folder) if folder else ([], {})
+    asked = Asked(metrics=chosen, device=device, seed=seed, out=out, sources=sources or TextSources(), fresh=fresh)
+    measured = measure(complete, asked, cache=cache, saes=saes, hook=hook, left_out=left_out)
+    for name, why in measured.left_out.items():
         print(f"note: left out {name}: {why}")
-    measured = measure(complete, chosen, cache=cache, device=device, seed=seed)
-    measured.missing.extend(f"{name}: {why}" for name, why in left_out.items())
-    alone = (folder / RUN_FILE).is_file() and out.resolve() == folder.resolve()
+    alone = (out / FACTS).is_file()
     write_reports(measured, chosen, out, with_json=not alone)
     if alone:
-        print(f"{folder} is one run: its {REPORT} is its own, and there is none over all runs")
-    if left_out:
+        print(f"{out} is one run: its {REPORT} is its own, and there is none over all runs")
+    if measured.left_out:
+        n_runs = len(complete) + len(left_out) + len(saes)
         raise RunsIncomplete(
-            f"{len(left_out)} of {len(complete) + len(left_out)} runs in {folder} are not in the report; "
-            f"{reasons(left_out)}"
+            f"{len(measured.left_out)} of {n_runs} SAEs are not in the report; {reasons(measured.left_out)}"
         )
 
 
 def check_folder(out: Path) -> None:
-    """Raises UserError if no folder can be made at `out`, before minutes of measuring."""
+    """Raises UserError if no folder can be made or written to at `out`, before minutes of measuring."""
     existing = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise UserError(f"--out {out} cannot be a folder: {existing} is a file; give another place")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--out {out} cannot be written to; name another folder with --out")
 
 
 def choose_metrics(text: str) -> list[Metric]:
@@ -52,30 +76,30 @@ def choose_metrics(text: str) -> list[Metric]:
     return sorted(map(find, set(names or available())), key=lambda metric: (metric.name != "core", metric.name))
 
 
-def write_reports(measured: Measured, metrics: list[Metric], out: Path, *, with_json: bool = True) -> None:
+def columns_of(metrics: Sequence[Metric]) -> dict[str, Column]:
+    """The columns of the chosen metrics, and L0, which is always measured: what is compared has to agree in it."""
+    chosen = {name: column for metric in metrics for name, column in metric.columns.items()}
+    return {"l0": find("core").columns["l0"], **chosen}
+
+
+def write_reports(measured: Measured, metrics: Sequence[Metric], out: Path, *, with_json: bool = True) -> None:
     """Compare, write report.json and report.html over all runs to `out`, and print the table and the verdict.
 
     with_json: False where `out` is a run, whose own report.json must stay.
     """
-    columns = {name: column for metric in metrics for name, column in metric.columns.items()}
-    tables = summaries(measured.results)
-    compared = [name for name, column in columns.items() if column.short and column.better]
-    changes = differences(measured.results, compared)
-    faults = unreliable(measured.results, columns)
-    report = overall_report(
-        sentence=wording.sentence(changes, faults),
-        results=measured.results,
-        tables=tables,
-        differences=changes,
-        unreliable=faults,
-        columns=columns,
-        missing=measured.missing,
-    )
+    columns = columns_of(metrics)
+    comparison = compare(measured.results, columns)
+    comparison = replace(comparison, cautions=[*measured.cautions, *comparison.cautions])
+    sentence = wording.sentence(comparison, columns)
+    report = overall_report(sentence=sentence, measured=measured, comparison=comparison, columns=columns, folder=out)
     out.mkdir(parents=True, exist_ok=True)
     if with_json:
         write_file(out / REPORT, readable_json(report))
-    write_file(out / PAGE, render(measured, tables, changes, faults, columns).encode())
-    print(f"\n{wording.terminal_table(tables, columns)}\n")
-    for names, fault in wording.cautions(faults, columns):
-        print(f"unreliable alone: {names} ({fault})")
-    print(f"{wording.multiplicity(changes)}\n{wording.sentence(changes, faults)}\n{(out / PAGE).resolve()}")
+    write_file(out / PAGE, render(measured, comparison, columns).encode())
+    print(f"\n{wording.terminal_table(comparison, columns)}\n")
+    print(*wording.verdict_lines(comparison, columns), sep="\n")
+    for names, fault in wording.faults(comparison.unreliable, columns):
+        print(f"unreliable here: {names} ({fault})")
+    for caution in comparison.cautions:
+        print(f"caution: {caution}")
+    print(*wording.multiplicity(comparison), sentence, (out / PAGE).resolve(), sep="\n")

@@ -1,231 +1,201 @@
-"""Compare recipes: mean and standard error over seeds, and differences paired by seed."""
+"""Compare recipes: differences paired by seed at matched L0, corrected for their number, and a verdict on each."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-from scipy import stats
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from evaluate.columns import Column
+from evaluate.guards import cautions, unreliable
+from evaluate.recipes import (
+    TRAINED,
+    Recipe,
+    Result,
+    baseline_of,
+    by_recipe,
+    noise_controls,
+    paired_values,
+    summaries,
+)
+from evaluate.statistics import (
+    LEVEL,
+    MOST_SEEDS,
+    POWER,
+    Estimate,
+    holm,
+    paired_test,
+    seeds_needed,
+    smallest_effect,
+)
 
-TRAINED, ORACLE, RANDOM = "trained", "oracle", "untrained"
-CONFIDENCE = 0.95
-TIE = 1e-9
 L0_TOLERANCE = 0.02
-
-
-@dataclass(frozen=True, kw_only=True, order=True)
-class Recipe:
-    """What seeds vary within. `bench` names the cache and hook point; values of different benches are not compared."""
-
-    bench: str
-    arch: str
-    k: int
-    d_sae: int
-    name: str
-    kind: str = TRAINED
-    is_plain: bool = False
-    is_masked: bool = False
-    settings: str = ""  # what else differs, such as "lr 0.001"; compared are recipes of equal settings
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
-    """The numbers of one dictionary: column -> value."""
-
-    run: str
-    recipe: Recipe
-    seed: int
-    values: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean over seeds; `error` is its standard error, NaN for a single seed."""
-
-    mean: float
-    error: float
-    n: int
+LOWER, HIGHER, NONE_SEEN = "lower", "higher", "no difference seen"
+ONE_SEED, NOT_MATCHED = "one seed: no verdict", "L0 not matched"
+CLAIM, OTHER = "claim", "other"  # families of comparisons, each corrected for its own number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A recipe minus its baseline in one column, paired by seed, with a 95 % t-interval (NaN for a single pair).
+    """A recipe minus its baseline in one column, paired by seed.
 
-    p: of the two-sided paired t-test. holm: it stays below 0.05 after Holm's correction for all comparisons made.
-    l0_change: the recipe's L0 over its baseline's, minus 1; NaN where L0 was not measured.
+    mean, error, low, high, p: of the paired t-test, with a 95 % interval; NaN for a single pair. p_holm: adjusted for
+    the n_family comparisons of its family (`family`: "claim" or "other"); NaN where nothing was tested.
+    seeds_needed: seeds per arm that would see an effect of this size and spread with 80 % power at 0.05 / n_family;
+    None if more than 10,000 or unknown. l0_change: the recipe's clean L0 over its baseline's, minus 1; NaN if unknown.
     """
 
     recipe: Recipe
     baseline: Recipe
     column: str
     mean: float
+    error: float
     low: float
     high: float
     n: int
     p: float
-    holm: bool = False
+    family: str = OTHER
+    p_holm: float = float("nan")
+    n_family: int = 0
+    seeds_needed: int | None = None
     l0_change: float = float("nan")
 
     @property
-    def l0_is_matched(self) -> bool:
+    def l0_matched(self) -> bool:
         """False if the two differ in L0 by more than L0_TOLERANCE, so that other columns are not comparable."""
         return not abs(self.l0_change) > L0_TOLERANCE
 
     @property
     def verdict(self) -> str:
-        """In plain words."""
+        """In plain words; "lower" and "higher" only where it survives the correction."""
+        if not self.l0_matched:
+            return NOT_MATCHED
         if self.n < 2:
-            return "one seed: no interval"
-        if np.isnan(self.low) or self.low <= 0 <= self.high:
-            return "not distinguishable from 0"
-        return "higher" if self.mean > 0 else "lower"
+            return ONE_SEED
+        if not self.p_holm < LEVEL:
+            return NONE_SEEN
+        return HIGHER if self.mean > 0 else LOWER
 
 
-def by_recipe(results: Iterable[Result]) -> dict[Recipe, list[Result]]:
-    """Recipe -> its results in order of seed; recipes sorted, controls last."""
-    groups: dict[Recipe, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[result.recipe].append(result)
-    order = sorted(groups, key=lambda recipe: (recipe.bench, recipe.kind != TRAINED, recipe.kind, _place(recipe)))
-    return {recipe: sorted(groups[recipe], key=lambda result: result.seed) for recipe in order}
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """All that was concluded from the results.
 
-
-def _place(recipe: Recipe) -> tuple:
-    return recipe.arch, recipe.k, recipe.settings, -recipe.d_sae, not recipe.is_plain, not recipe.is_masked, recipe.name
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of the values of several seeds."""
-    numbers = np.asarray(values, dtype=float)
-    error = float(numbers.std(ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else float("nan")
-    return Estimate(mean=float(numbers.mean()), error=error, n=len(numbers))
-
-
-def summaries(results: Iterable[Result]) -> dict[Recipe, dict[str, Estimate]]:
-    """Recipe -> column -> estimate, for the columns that every seed of the recipe has."""
-    tables: dict[Recipe, dict[str, Estimate]] = {}
-    for recipe, group in by_recipe(results).items():
-        columns = [name for name in group[0].values if all(name in result.values for result in group)]
-        tables[recipe] = {name: estimate([result.values[name] for result in group]) for name in columns}
-    return tables
-
-
-def baseline_of(recipe: Recipe, recipes: Iterable[Recipe]) -> Recipe | None:
-    """What a recipe is compared with: plain training of the same kind, of equal size.
-
-    A smaller plain dictionary is compared with the largest plain one.
+    tables: recipe -> column -> mean over seeds. families: name -> number of comparisons corrected for. cautions:
+    sentences on what the numbers cannot show. unreliable: columns that rank a control wrongly here, and how.
+    power_notes: (recipe, baseline) -> what differences their seeds can see.
     """
-    plain = [other for other in recipes if other.is_plain and _kind(other) == _kind(recipe)]
-    if not recipe.is_plain:
-        plain = [other for other in plain if other.d_sae == recipe.d_sae]
-    best = max(plain, key=lambda other: other.d_sae, default=None)
-    return None if best == recipe else best
+
+    tables: dict[Recipe, dict[str, Estimate]] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    unreliable: dict[str, str] = field(default_factory=dict)
+    cautions: list[str] = field(default_factory=list)
+    families: dict[str, int] = field(default_factory=dict)
+    power_notes: dict[tuple[Recipe, Recipe], str] = field(default_factory=dict)
 
 
-def noise_controls(recipe: Recipe, recipes: Iterable[Recipe]) -> list[Recipe]:
-    """Corruptions that displace rows as much as a masked recipe does; their names say "(matched 0.5)"."""
-    if not recipe.is_masked:
-        return []
-    fraction = recipe.name.partition(",")[0].removeprefix("masked ")
-    same = [other for other in recipes if (_kind(other), other.d_sae) == (_kind(recipe), recipe.d_sae)]
-    noise = [other for other in same if f" (matched {fraction})" in other.name.partition(",")[0]]
-    return [other for other in noise if _target(other) == _target(recipe)]
+def compare(results: Sequence[Result], columns: Mapping[str, Column]) -> Comparison:
+    """Everything that the report says about the results, from the numbers alone."""
+    changes = differences(results, columns)
+    return Comparison(
+        tables=summaries(results),
+        differences=changes,
+        unreliable=unreliable(results, columns),
+        cautions=cautions(results),
+        families={family: sum(d.n_family > 0 and d.family == family for d in changes) for family in (CLAIM, OTHER)},
+        power_notes=power_notes(changes, columns),
+    )
 
 
-def _target(recipe: Recipe) -> list[str]:
-    """The part of a name that says what was reconstructed, if not the input itself: ["clean target"]."""
-    return [part for part in recipe.name.split(", ") if part.endswith(" target")]
+def compared_columns(columns: Mapping[str, Column]) -> dict[str, str]:
+    """Column -> family, of the columns that are compared: those of the claims, and ranked ones with a short name."""
+    return {
+        name: CLAIM if column.claim else OTHER
+        for name, column in columns.items()
+        if column.paired and (column.claim or (column.short and column.better))
+    }
 
 
-def _kind(recipe: Recipe) -> tuple[str, str, int, str]:
-    return recipe.bench, recipe.arch, recipe.k, recipe.settings
-
-
-def differences(results: Sequence[Result], columns: Sequence[str]) -> list[Difference]:
+def differences(results: Sequence[Result], columns: Mapping[str, Column]) -> list[Difference]:
     """Every trained recipe against its baseline, and masked ones against noise of matched strength too.
 
-    In every column, over the seeds that both have.
+    In every compared column, over the seeds that both have.
     """
-    groups = {recipe: group for recipe, group in by_recipe(results).items() if recipe.kind == TRAINED}
     found = []
-    for recipe, group in groups.items():
-        for baseline in filter(None, [baseline_of(recipe, groups), *noise_controls(recipe, groups)]):
-            l0 = _pairs(group, groups[baseline], "l0")
-            change = float(l0[:, 0].mean() / l0[:, 1].mean() - 1) if l0.any(axis=0).all() else float("nan")
-            for column in columns:
-                pairs = _pairs(group, groups[baseline], column)
-                if len(pairs):
-                    difference = _difference(recipe, baseline, column, pairs[:, 0] - pairs[:, 1])
-                    found.append(replace(difference, l0_change=change))
+    for recipe, baseline, group, others in _pairs_of_recipes(results):
+        l0 = paired_values(group, others, "l0")
+        change = float(l0[:, 0].mean() / l0[:, 1].mean() - 1) if l0.any(axis=0).all() else float("nan")
+        for column, family in compared_columns(columns).items():
+            pairs = paired_values(group, others, column)
+            if len(pairs):
+                test = paired_test((pairs[:, 0] - pairs[:, 1]).tolist())
+                found.append(
+                    Difference(
+                        recipe=recipe,
+                        baseline=baseline,
+                        column=column,
+                        family=family,
+                        l0_change=change,
+                        mean=test.mean,
+                        error=test.error,
+                        low=test.low,
+                        high=test.high,
+                        n=test.n,
+                        p=test.p,
+                    )
+                )
     return _corrected(found)
 
 
-def _pairs(group: Sequence[Result], baseline: Sequence[Result], column: str) -> np.ndarray:
-    """A column's values of equal seeds, [n_pairs, 2]."""
-    other = {result.seed: result.values for result in baseline}
-    values = [
-        (result.values[column], other[result.seed][column])
-        for result in group
-        if column in result.values and column in other.get(result.seed, {})
-    ]
-    return np.asarray(values, dtype=float).reshape(-1, 2)
-
-
-def _difference(recipe: Recipe, baseline: Recipe, column: str, pairs: np.ndarray) -> Difference:
-    n, mean = len(pairs), float(pairs.mean())
-    low = high = p = float("nan")
-    if n > 1:
-        error = float(pairs.std(ddof=1) / np.sqrt(n))
-        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
-        low, high = mean - reach, mean + reach
-        if error > 0:
-            p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-        else:  # every seed gave the same difference
-            p = 1.0 if mean == 0 else 0.0
-    return Difference(recipe=recipe, baseline=baseline, column=column, mean=mean, low=low, high=high, n=n, p=p)
+def _pairs_of_recipes(results: Sequence[Result]) -> Iterator[tuple[Recipe, Recipe, list[Result], list[Result]]]:
+    """(recipe, baseline, results of the one, results of the other) of all that is compared."""
+    groups = {recipe: group for recipe, group in by_recipe(results).items() if recipe.kind == TRAINED}
+    for recipe, group in groups.items():
+        for baseline in filter(None, [baseline_of(recipe, groups), *noise_controls(recipe, groups)]):
+            yield recipe, baseline, group, groups[baseline]
 
 
 def _corrected(found: list[Difference]) -> list[Difference]:
-    """Mark what stays significant under Holm's step-down correction."""
-    tested = sorted((d for d in found if not np.isnan(d.p)), key=lambda d: d.p)
-    passed: set[int] = set()
-    for rank, difference in enumerate(tested):
-        if difference.p > (1 - CONFIDENCE) / (len(tested) - rank):
-            break
-        passed.add(id(difference))
-    return [replace(difference, holm=id(difference) in passed) for difference in found]
+    """With Holm's adjusted p-values and the seeds needed; what is not at matched L0 or has one pair is not tested."""
+    corrected = list(found)
+    for family in (CLAIM, OTHER):
+        tested = [i for i, d in enumerate(found) if d.family == family and d.l0_matched and not math.isnan(d.p)]
+        for i, p_holm in zip(tested, holm([found[i].p for i in tested]), strict=True):
+            difference = found[i]
+            deviation = difference.error * math.sqrt(difference.n)
+            needed = seeds_needed(difference.mean, deviation, len(tested))
+            corrected[i] = replace(difference, p_holm=p_holm, n_family=len(tested), seeds_needed=needed)
+    return corrected
 
 
-def unreliable(results: Sequence[Result], columns: Mapping[str, Column]) -> dict[str, str]:
-    """Columns that rank a control wrongly, and how: column -> sentence.
+def power_notes(changes: Sequence[Difference], columns: Mapping[str, Column]) -> dict[tuple[Recipe, Recipe], str]:
+    """(recipe, baseline) -> what their seeds can see in the columns of the claims, and what it would take to see more.
 
-    A column is unreliable here if an untrained SAE beats plainly trained ones of its kind, or if a trained SAE beats
-    the oracle, by more than two standard errors of the trained mean (of any amount for a single seed).
+    Of all compared columns where none of those was measured.
     """
-    tables = summaries(results)
-    found: dict[str, str] = {}
-    for recipe, table in tables.items():
-        for control, other in tables.items():
-            if recipe.kind != TRAINED or control.kind == TRAINED or control.bench != recipe.bench:
-                continue
-            for name in table.keys() & other.keys():
-                if sentence := _fault(columns[name], recipe, table[name], control, other[name]):
-                    found.setdefault(name, sentence)
-    return dict(sorted(found.items()))
+    notes = {}
+    for pair in dict.fromkeys((d.recipe, d.baseline) for d in changes):
+        tested = [d for d in changes if (d.recipe, d.baseline) == pair and d.n_family]
+        tested = [d for d in tested if d.family == CLAIM] or tested
+        if tested:
+            notes[pair] = _power_note(tested, columns)
+    return notes
 
 
-def _fault(column: Column, recipe: Recipe, trained: Estimate, control: Recipe, other: Estimate) -> str:
-    """What is wrong with how a column ranks a trained recipe and a control; empty if nothing."""
-    if not column.better:
-        return ""
-    margin = 0.0 if np.isnan(trained.error) else 2 * trained.error
-    lead = (trained.mean - other.mean) * (1.0 if column.better == "higher" else -1.0)
-    if control.kind == ORACLE and column.oracle_is_best and lead > margin + TIE:
-        return f"{recipe.arch} {recipe.name} scores better than the oracle, which knows the answers"
-    same_size = (control.k, control.settings, control.d_sae) == (recipe.k, recipe.settings, recipe.d_sae)
-    same_size = same_size and recipe.arch in control.arch.split(", ")  # one untrained SAE may stand for several
-    if control.kind == RANDOM and same_size and recipe.is_plain and column.random_is_worst and -lead > margin + TIE:
-        return f"an untrained {recipe.arch} scores better than a trained one, so an SAE that finds nothing wins"
-    return ""
+def _power_note(tested: Sequence[Difference], columns: Mapping[str, Column]) -> str:
+    n, n_family = tested[0].n, tested[0].n_family
+    seen = sum(d.verdict in (LOWER, HIGHER) for d in tested)
+    smallest = smallest_effect(n, n_family)
+    reach = [
+        f"{columns[d.column].short or d.column} {smallest * d.error * math.sqrt(d.n):.3g} "
+        f"(seen {d.mean:+.3g}, for which it would take {_seeds(d)})"
+        for d in tested
+    ]
+    return (
+        f"{n} pairs of seeds, {seen} of {len(tested)} differences seen; with {POWER:.0%} power at {LEVEL} over "
+        f"{n_family} comparisons they see differences from these sizes on: {', '.join(reach)}"
+    )
+
+
+def _seeds(difference: Difference) -> str:
+    if difference.seeds_needed is not None:
+        return f"{difference.seeds_needed:,} seeds"
+    return f"more than {MOST_SEEDS:,} seeds"

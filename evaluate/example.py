@@ -1,13 +1,14 @@
 """A worked example of absorption: one parent, and how often its own latents fire on each of its children."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from evaluate.compare import Recipe
+from evaluate.absorbed import ParentTokens, mean_per_child, parent_latents, tokens_of_parent
 from evaluate.language import EVERYWHERE, Language, Parents
-from evaluate.metrics.absorption import ParentTokens, mean_per_child, parent_latents, tokens_of_parent
 from evaluate.probes import f1_score
 from evaluate.subject import Subject
 
@@ -29,15 +30,19 @@ class Bar:
 class Example:
     """The recall holes of one parent in one SAE; `latents` are the ones that stand for the parent."""
 
-    recipe: Recipe
-    seed: int
     family: str
     parent: str
     latents: tuple[int, ...]
     bars: tuple[Bar, ...]
 
 
-def recall_example(subject: Subject, recipe: Recipe, seed: int) -> Example:
+def example_of(facts: Mapping[str, Any]) -> Example:
+    """An example from its fields as JSON has them."""
+    bars = tuple(Bar(**bar) for bar in facts["bars"])
+    return Example(**{**facts, "latents": tuple(facts["latents"]), "bars": bars})
+
+
+def recall_example(subject: Subject) -> Example:
     """Measure the parent that this SAE absorbs most.
 
     Another SAE would look better on that very parent by the choice alone, so examples are not for comparing recipes.
@@ -58,8 +63,6 @@ def recall_example(subject: Subject, recipe: Recipe, seed: int) -> Example:
     _, parents, i, latents, tokens = best
     relation, value = parents.relation, int(parents.classes[i])
     return Example(
-        recipe=recipe,
-        seed=seed,
         family=relation.family,
         parent=f"{relation.parent} {language.value_names[relation.parent][value]}",
         latents=tuple(int(latent) for latent in latents),
@@ -92,7 +95,7 @@ def describe(subject: Subject, language: Language, latent: int) -> str:
     """A latent by its number and the ground-truth feature it predicts best (F1 on an even sample of test tokens)."""
     assert language.test.features is not None
     rows = np.flatnonzero(language.test.positions[EVERYWHERE])
-    on = (subject.latents("test")[torch.from_numpy(rows), latent] != 0).cpu().numpy()
+    on = (subject.latents(language.test)[torch.from_numpy(rows), latent] != 0).cpu().numpy()
     features = language.test.features[rows].T
     f1 = f1_score(np.broadcast_to(on, features.shape), features)
     return f"latent {latent} ({language.feature_names[int(f1.argmax())]}, F1 {f1.max():.2f})"

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from cache_spec.seeds import derive_seed
-from evaluate.probes import Standard, auc, balanced_accuracy, f1_score, fit_dense, logits, one_hot
+from evaluate.probes import Standard, f1_score, fit_dense, logits, one_hot
 from evaluate.rows import Rows, class_labels
+from evaluate.tasks import LabelledRows, ProbeData
+from evaluate.truth import Truth
 
 EVERYWHERE = "everywhere"  # the position name of an even sample over all tokens
 PROBE_ROWS = 8192  # most rows one probe is fitted or tested on
@@ -49,7 +51,7 @@ class ProbeTask(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TaskRows:
-    """The rows of one probe task in one part: row numbers [n] and one-vs-rest labels, bool [classes, n]."""
+    """Rows to choose latents on: row numbers [n] and one-vs-rest labels, bool [classes, n]."""
 
     rows: np.ndarray
     labels: np.ndarray
@@ -96,23 +98,32 @@ class Language:
         return {"fit": self.fit, "test": self.test, "shifted": self.shifted}[name]
 
     @cached_property
-    def probe_rows(self) -> dict[str, dict[str, TaskRows]]:
-        """task name -> part name -> rows and labels, for the classes frequent enough in all three parts.
+    def probe_data(self) -> tuple[ProbeData, ...]:
+        """The probe tasks, with the classes frequent enough in all three parts; a task without one is left out."""
+        found = (self._probe_data(task) for task in self.tasks)
+        return tuple(task for task in found if task.classes)
 
-        A task without such a class is left out.
-        """
-        found = {task.name: self._task_rows(task) for task in self.tasks}
-        return {name: parts for name, parts in found.items() if len(parts["fit"].labels)}
-
-    def _task_rows(self, task: ProbeTask) -> dict[str, TaskRows]:
+    def _probe_data(self, task: ProbeTask) -> ProbeData:
         chosen = {
-            part: self._sample(*class_labels(self.part(part), task.attribute, task.positions), PROBE_ROWS, task.name)
-            for part in ("fit", "test", "shifted")
+            part: class_labels(self.part(part), task.attribute, task.positions) for part in ("fit", "test", "shifted")
         }
         classes = np.unique(chosen["fit"][1])
         labels = {part: one_hot(values, classes) for part, (_, values) in chosen.items()}
         common = np.all([(y.sum(1) >= MIN_POSITIVES) & ((~y).sum(1) >= MIN_POSITIVES) for y in labels.values()], axis=0)
-        return {part: TaskRows(rows=chosen[part][0], labels=labels[part][common]) for part in chosen}
+        if len(classes) == common.sum() == 2:
+            common[0] = False  # two classes are one question, and the second asks it
+        names = self.value_names[task.attribute]
+        parts = {
+            part: LabelledRows(source=self.part(part), rows=rows, labels=labels[part][common])
+            for part, (rows, _) in chosen.items()
+        }
+        return ProbeData(
+            name=task.name,
+            classes=tuple(names[int(value)] for value in classes[common]),
+            fit=parts["fit"],
+            test=parts["test"],
+            shifted=parts["shifted"],
+        )
 
     def _sample(self, rows: np.ndarray, values: np.ndarray, most: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
         if len(rows) <= most:
@@ -122,23 +133,9 @@ class Language:
         return rows[kept], values[kept]
 
     @cached_property
-    def dense_scores(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-        """task -> part -> "auc" | "balanced_accuracy" -> [classes]: a dense probe on the raw activations.
-
-        This is the oracle of out-of-distribution probing: what a linear probe gets from the whole activation.
-        """
-        scores: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-        for name, parts in self.probe_rows.items():
-            x = self.fit.x[parts["fit"].rows]
-            standard = Standard.of(x)
-            weights = fit_dense(standard.apply(x), torch.from_numpy(parts["fit"].labels).to(x.device))
-            scores[name] = {
-                part: scores_of(
-                    logits(standard.apply(self.part(part).x[parts[part].rows]), weights), parts[part].labels
-                )
-                for part in ("test", "shifted")
-            }
-        return scores
+    def truth(self) -> Truth:
+        """The directions of the features, and which of them go together."""
+        return Truth.of(self.even, self.feature_names)
 
     @cached_property
     def parents(self) -> tuple[Parents, ...]:
@@ -177,9 +174,3 @@ class Language:
             right=(on & says)[good],
             child=self.test.attributes[relation.child][rows].astype(np.int64),
         )
-
-
-def scores_of(score: Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """AUC and balanced accuracy of probe logits [classes, n] against bool [classes, n]: name -> [classes]."""
-    values = score.cpu().numpy()
-    return {"auc": auc(values, labels), "balanced_accuracy": balanced_accuracy(values > 0, labels)}

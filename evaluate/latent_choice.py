@@ -51,18 +51,39 @@ def main_latents(latents: Tensor, labels: Tensor) -> tuple[list[np.ndarray], np.
     F1 [classes] is that of the probe on all of a class's latents: a low one says that they do not stand for it.
     """
     order = mean_difference(latents, labels).topk(min(MAX_MAIN, latents.shape[1]), dim=1).indices
-    actual = labels.cpu().numpy()
-    probes = [fit_sparse(latents, labels, order[:, :k]) for k in range(1, order.shape[1] + 1)]
-    f1 = np.stack([f1_score((probe.logits(latents) > 0).cpu().numpy(), actual) for probe in probes])
-    gains = np.diff(f1, axis=0) > F1_GAIN  # [MAX_MAIN - 1, classes]
-    n_main = 1 + np.cumprod(gains, axis=0).sum(0)
+    actual, growing = labels.cpu().numpy(), np.arange(len(labels))  # growing: classes whose last latent joined
+    n_main, f1 = np.zeros(len(labels), dtype=int), np.full(len(labels), -np.inf)
+    for k in range(1, order.shape[1] + 1):
+        here = torch.from_numpy(growing).to(order.device)
+        probe = fit_sparse(latents, labels[here], order[here, :k])
+        found = f1_score((probe.logits(latents) > 0).cpu().numpy(), actual[growing])
+        gains = found - f1[growing] > F1_GAIN
+        growing, found = growing[gains], found[gains]
+        n_main[growing], f1[growing] = k, found
+        if not len(growing):
+            break
     numbers = order.cpu().numpy()
-    return [numbers[i, : n_main[i]] for i in range(len(labels))], f1[n_main - 1, np.arange(len(labels))]
+    return [numbers[i, : n_main[i]] for i in range(len(labels))], f1
 
 
-def by_difference(latents: Tensor, labels: Tensor, most: int) -> Tensor:
-    """Latent numbers [classes, most] in falling order of the size of the standardised mean difference."""
-    return mean_difference(latents, labels).abs().topk(min(most, latents.shape[1]), dim=1).indices
+def mean_nonzero(latents: Tensor) -> Tensor:
+    """The mean size of each latent where it is on, [n, d_sae] -> [d_sae]; 1 for one that never is."""
+    n_on = (latents != 0).sum(0)
+    return torch.where(n_on > 0, latents.abs().sum(0) / n_on.clamp(min=1), torch.ones_like(latents[0]))
+
+
+def by_scaled_difference(latents: Tensor, scale: Tensor, labels: Tensor, most: int) -> Tensor:
+    """Latent numbers [classes, most] in falling order of |mean over the class - mean over the rest| / scale.
+
+    [n, d_sae], [d_sae], bool [classes, n]. The choice of sae-probes (arXiv 2502.16681), whose scale is `mean_nonzero`;
+    all latents where there are fewer than `most`.
+    """
+    on = labels.to(latents.dtype)
+    n_on = on.sum(1, keepdim=True)
+    sums = on @ latents
+    rest = (latents.sum(0) - sums) / (len(latents) - n_on).clamp(min=1)
+    difference = ((sums / n_on.clamp(min=1) - rest) / scale).abs()
+    return difference.topk(min(most, latents.shape[1]), dim=1).indices
 
 
 def to_labels(labels: np.ndarray, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A file name is a name: evaluate/metrics/foo.py defines `foo` and COLUMNS, and `--metrics foo` finds it.
 
-A metric that reads labelled text says `NEEDS_LANGUAGE = True`.
+NEEDS names the fields of the Bench without which there is nothing to measure (`NEEDS = ("language",)`), WANTS those
+that add columns where they are there.
 """
 
 import importlib
@@ -12,18 +13,25 @@ from typing import TYPE_CHECKING
 from cache_spec.errors import UserError
 from evaluate.columns import Column
 
+Measurements = dict[str, float | list[float]]
+
 if TYPE_CHECKING:  # importing it takes torch, and --help lists the metrics
     from evaluate.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A named function of a subject, and what its numbers mean."""
+    """A named function of a subject, and what its numbers mean.
+
+    It returns column -> number, or -> a list of numbers: a histogram, which is drawn and not compared. `name@part` is a
+    part of column `name`, such as one task of many; parts are in report.json and are not compared.
+    """
 
     name: str
-    measure: Callable[["Subject"], dict[str, float]]
+    measure: Callable[["Subject"], Measurements]
     columns: Mapping[str, Column]
-    needs_language: bool
+    needs: tuple[str, ...]
+    wants: tuple[str, ...]
 
 
 def available() -> list[str]:
@@ -40,5 +48,6 @@ def find(name: str) -> Metric:
         name=name,
         measure=getattr(module, name),
         columns=module.COLUMNS,
-        needs_language=module.NEEDS_LANGUAGE,
+        needs=module.NEEDS,
+        wants=module.WANTS,
     )

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 MAX_NEWTON_STEPS = 50
 MAX_HALVINGS = 12
-CONVERGED = 1e-6  # a smaller relative step of the objective is the last; Newton's error is then about its square
+MAX_BATCH = 2**20  # numbers in the features of one batch of probes
+CONVERGED = 1e-3  # a smaller relative step of the objective is the last; Newton's error is then about its square
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +45,8 @@ def fit_logistic(features: Tensor, labels: Tensor, penalty: float = 1.0) -> Tens
     """
     x = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1).double()
     problem = _Problem.of(labels, penalty, x.shape[-1])
+    single, ridge = x.float(), torch.diag(problem.ridge).float()  # enough for the Hessian, which only sets the path
+    turned = single.transpose(1, 2).contiguous()
     weights = torch.zeros(x.shape[0], x.shape[-1], dtype=torch.float64, device=x.device)
     z = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)  # x @ weights
     value = problem.objective(z, weights)
@@ -52,8 +55,8 @@ def fit_logistic(features: Tensor, labels: Tensor, penalty: float = 1.0) -> Tens
         pull = problem.sample * (chance - problem.on)
         gradient = (pull.unsqueeze(1) @ x).squeeze(1) + problem.ridge * weights
         curvature = (problem.sample * chance * (1 - chance)).unsqueeze(-1)
-        hessian = x.transpose(1, 2) @ (curvature * x) + torch.diag(problem.ridge)
-        step = torch.linalg.solve(hessian, gradient)
+        hessian = turned @ (curvature.float() * single) + ridge
+        step = torch.linalg.solve(hessian, gradient.float()).double()
         before = value
         weights, z, value = problem.shortened(weights, z, step, (x @ step.unsqueeze(-1)).squeeze(-1), value)
         if bool(((before - value) <= CONVERGED * before.abs()).all()):
@@ -100,9 +103,18 @@ class _Problem:
 def fit_dense(features: Tensor, labels: Tensor, penalty: float = 1.0) -> Tensor:
     """One probe per row of `labels` on the same features: [n, d], bool [classes, n] -> [classes, d + 1].
 
-    Features are standardised by the caller; classes are fitted one after another to bound memory.
+    Features are standardised by the caller; so many classes are fitted together as MAX_BATCH has room for. With more
+    features than rows the probe lies in the span of the rows, and is looked for there.
     """
-    return torch.cat([fit_logistic(features.unsqueeze(0), row.unsqueeze(0), penalty) for row in labels])
+    basis = None
+    if features.shape[1] > features.shape[0]:
+        basis, rows = torch.linalg.qr(features.double().T)  # features = rows.T @ basis.T
+        features = rows.T
+    n_together = max(1, MAX_BATCH // features.numel())
+    weights = torch.cat(
+        [fit_logistic(features.expand(len(part), -1, -1), part, penalty) for part in labels.split(n_together)]
+    )
+    return weights if basis is None else torch.cat([weights[:, :-1] @ basis.T, weights[:, -1:]], dim=1)
 
 
 def logits(features: Tensor, weights: Tensor) -> Tensor:
@@ -150,6 +162,19 @@ def mean_difference(latents: Tensor, labels: Tensor) -> Tensor:
     mean = latents.mean(0)
     std = (latents.square().mean(0) - mean.square()).clamp(min=0).sqrt()  # latents are sparse: nothing cancels here
     return torch.where(std > 1e-6 * mean.abs() + 1e-12, difference / std.clamp(min=1e-12), torch.zeros_like(difference))
+
+
+def scores_of(score: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of logits [..., classes, n] against bool [classes, n]: "auc" | "accuracy" -> [..., classes].
+
+    The accuracy is the balanced one, of the sign.
+    """
+    batch = score.shape[:-1]
+    flat, actual = score.reshape(-1, score.shape[-1]), np.broadcast_to(labels, score.shape).reshape(-1, score.shape[-1])
+    return {
+        "auc": auc(flat, actual).reshape(batch),
+        "accuracy": balanced_accuracy(flat > 0, actual).reshape(batch),
+    }
 
 
 def one_hot(values: np.ndarray, classes: np.ndarray) -> np.ndarray:

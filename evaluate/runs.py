@@ -1,14 +1,15 @@
 """Runs: the trained SAEs under a folder, and the cache each was trained on."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError
-from train.run_folder import COMPLETE, FAILED, failure_of
+from evaluate.recipes import DROPOUT, NOISE, RANDOM_TOKEN, SMALL
+from train.run_folder import COMPLETE, FACTS, FAILED, failure_of
 
-RUN_FILE = "run.json"
 UNFINISHED = "not finished; run the same python -m train with --resume"
 TRANSCODER = "a transcoder, and the metrics compare an SAE with its own input"
 _SETTINGS = (
@@ -18,7 +19,7 @@ _SETTINGS = (
 
 
 class RunsIncomplete(UserError):
-    """There are runs, and none of them is finished."""
+    """There are runs that cannot be measured; the others, if any, were."""
 
     exit_code = 1
 
@@ -35,11 +36,20 @@ class Run:
     d_sae: int
     seed: int
     is_plain: bool  # trained on clean rows only, without a corruption
-    is_masked: bool
+    is_masked: bool  # trained on rows of a masked variant, without a corruption
+    control: str  # a name of recipes.CONTROLS, or empty
     cache_path: str
     cache_id: str
     hook: str
+    norm_factor: float  # trained on rows divided by this
+    data_seed: int = 0  # decides the order of the rows
+    init_b_dec: str = ""  # where b_dec started, if not as the architecture has it
     settings: str = ""  # what else differs between the runs of the folder, such as "lr 0.001"
+
+    @property
+    def kind(self) -> tuple[str, str, str, int, str]:
+        """What runs that are compared have in common."""
+        return self.cache_id, self.hook, self.arch, self.k, self.settings
 
 
 def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
@@ -49,17 +59,20 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder that python -m train wrote with --out")
-    files = sorted([*folder.glob(RUN_FILE), *folder.glob(f"*/{RUN_FILE}")])
+    files = sorted([*folder.glob(FACTS), *folder.glob(f"*/{FACTS}")])
     if not files:
-        raise UserError(f"{folder} holds no run (a folder with {RUN_FILE}); give the --out of python -m train")
+        raise UserError(f"{folder} holds no run (a folder with {FACTS}); give the --out of python -m train")
     complete: list[tuple[Run, dict[str, Any]]] = []
     left_out: dict[str, str] = {}
     for file in files:
-        facts = _read(file)
-        if why := _why_left_out(facts):
-            left_out[file.parent.name] = why
-        else:
-            complete.append((_run(file, facts), facts))
+        try:
+            facts = _read(file)
+            if why := _why_left_out(facts):
+                left_out[file.parent.name] = why
+            else:
+                complete.append((_run(file, facts), facts))
+        except UserError as error:
+            left_out[file.parent.name] = str(error)
     if not complete:
         raise RunsIncomplete(f"none of the {len(left_out)} runs in {folder} can be measured; {reasons(left_out)}")
     varying = [key for key in _SETTINGS if len({_setting(facts, key) for _, facts in complete}) > 1]
@@ -67,7 +80,29 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
         replace(run, settings=", ".join(filter(None, (_setting(facts, key) for key in varying))))
         for run, facts in complete
     ]
-    return runs, left_out
+    return _without_twins(_with_small(runs), left_out), left_out
+
+
+def _with_small(runs: Sequence[Run]) -> list[Run]:
+    """Plain runs of a smaller dictionary than the largest plain one of their kind are controls."""
+    largest: dict[tuple, int] = {}
+    for run in runs:
+        if run.is_plain:
+            largest[run.kind] = max(run.d_sae, largest.get(run.kind, 0))
+    return [replace(run, control=SMALL) if run.is_plain and run.d_sae < largest[run.kind] else run for run in runs]
+
+
+def _without_twins(runs: Iterable[Run], left_out: dict[str, str]) -> list[Run]:
+    """The runs whose recipe and seed no earlier one has: a copy would pass for a second seed."""
+    first: dict[tuple, Run] = {}
+    for run in runs:
+        twin = first.setdefault((*run.kind, run.recipe, run.d_sae, run.seed), run)
+        if twin is not run:
+            left_out[run.path.name] = (
+                f"of the same recipe and seed as {twin.path.name}, and would pass for another seed; "
+                "move it to another folder"
+            )
+    return list(first.values())
 
 
 def _why_left_out(facts: dict[str, Any]) -> str:
@@ -100,16 +135,18 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not JSON ({error}); train the run again, or move its folder away") from error
+        raise UserError(f"{FACTS} is not JSON ({error}); train the run again, or move its folder away") from error
+    except OSError as error:
+        raise UserError(f"{FACTS} cannot be read ({error.strerror}); see to that, or move its folder away") from error
     if not isinstance(facts, dict):
-        raise UserError(f"{file} is not a JSON object; train the run again, or move its folder away")
+        raise UserError(f"{FACTS} is not a JSON object; train the run again, or move its folder away")
     return facts
 
 
 def _run(file: Path, facts: dict[str, Any]) -> Run:
     try:
-        config, cache = facts["config"], facts["cache"]
-        positions = facts.get("data", {}).get("positions", "all")
+        config, data, cache = facts["config"], facts.get("data", {}), facts["cache"]
+        positions, variant = data.get("positions", "all"), str(data.get("masked_variant", "masked"))
         recipe = str(facts["recipe"])
         if config["masked_fraction"] and positions != "all":
             recipe += f", {positions}"
@@ -122,13 +159,41 @@ def _run(file: Path, facts: dict[str, Any]) -> Run:
             d_sae=int(config["d_sae"]),
             seed=int(config["seed"]),
             is_plain=not config["masked_fraction"] and not config["corrupt"],
-            is_masked=bool(config["masked_fraction"]) and not config["corrupt"],
+            is_masked=bool(config["masked_fraction"]) and not config["corrupt"] and variant.startswith("masked"),
+            control=_control(str(config["corrupt"]), variant if config["masked_fraction"] else ""),
             cache_path=str(cache["path"]),
             cache_id=str(cache["cache_id"]),
             hook=str(cache["hook"]),
+            norm_factor=float(facts["norm_factor"]),
+            data_seed=int(data.get("seed", 0)),
+            init_b_dec=str(config.get("init_b_dec") or ""),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} lacks or garbles {error}; train the run again, or move its folder away") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{FACTS} lacks or garbles {error}; train the run again, or move its folder away") from error
+
+
+def _control(corrupt: str, variant: str) -> str:
+    """What a run is a control for, by its corruption or the variant that replaces clean rows; empty if nothing."""
+    corruption = corrupt.partition("=")[0]
+    if corruption:
+        return DROPOUT if corruption == "dropout" else NOISE
+    return RANDOM_TOKEN if variant.startswith("random") else ""
+
+
+def open_caches(runs: Sequence[Run], given: Path | None, left_out: dict[str, str]) -> dict[str, ActivationCache]:
+    """cache_id -> its cache, opened; runs whose cache cannot be had are named in `left_out`."""
+    found: dict[str, ActivationCache] = {}
+    for run in runs:
+        if run.cache_id in found:
+            continue
+        try:
+            found[run.cache_id] = open_cache(run, given)
+        except CacheError as error:
+            left_out[run.path.name] = str(error)
+    for run in runs:
+        if run.cache_id in found:
+            left_out.pop(run.path.name, None)  # another run of this cache says where it is now
+    return found
 
 
 def open_cache(run: Run, given: Path | None) -> ActivationCache:

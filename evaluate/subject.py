@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from evaluate.language import Language
+from evaluate.masked_language import MaskedLanguage
 from evaluate.rows import Rows
+from evaluate.spelling import Spelling
 from evaluate.splicing import Splice
+from evaluate.tasks import DenseScores, ProbeData
 from train.calibration import threshold_for_l0
 from train.sae import SparseAutoencoder
 
@@ -62,23 +66,46 @@ class Learned:
         return self.sae.decode(latents)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of the model that the cache was made with; n_parameters is 0 where it was not loaded."""
+
+    id: str = ""
+    n_parameters: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bench:
     """The data shared by all runs of one cache and hook point.
 
     calibration: clean held-out rows to set thresholds on. clean: other clean held-out rows, to score.
     masked: the masked variant of the scored rows; replaced: [n] true where the input token itself was replaced.
-    language: ground truth, for the embedded model only. splice: the model, to put reconstructions into.
-    missing: sentences on what cannot be measured here, and why.
+    shifted: rows of text from another distribution, without labels. tasks: labelled text to probe on.
+    language: ground truth, for the embedded model only. masked_language: the same text clean and masked, with truth.
+    splice, splice_shifted: the model with test windows, to put reconstructions into. spelling: first-letter prompts.
+    model: what is known of the model. facts: what decides all of this, as JSON, to tell whether a measurement is still
+    good. missing: sentences on what cannot be measured here, and why.
     """
 
     calibration: Rows
     clean: Rows
     masked: Rows | None = None
     replaced: np.ndarray | None = None
+    shifted: Rows | None = None
+    tasks: tuple[ProbeData, ...] = ()
     language: Language | None = None
+    masked_language: MaskedLanguage | None = None
     splice: Splice | None = None
+    splice_shifted: Splice | None = None
+    spelling: Spelling | None = None
+    model: ModelFacts = field(default_factory=lambda: ModelFacts())
+    facts: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+
+    @cached_property
+    def dense(self) -> DenseScores:
+        """Dense probes on the raw activations of every task: the oracle of probing, fitted once for all runs."""
+        return DenseScores(self.tasks)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +114,8 @@ class Subject:
 
     dictionary: with the threshold set for the matched L0. raw: as trained (the same object when nothing was matched).
     held_out: the clean rows to score; the oracle, which reads labels, has the labelled test text here.
+    seed: decides what a metric draws (probe rows, sampled latents). peers: decoders [d_sae, d_model] of the same recipe
+    trained with other seeds.
     """
 
     name: str
@@ -94,15 +123,15 @@ class Subject:
     raw: Dictionary
     bench: Bench
     held_out: Rows
-    _latents: dict[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    peers: tuple[Tensor, ...] = ()
+    _latents: dict[int, Tensor] = field(default_factory=dict)
 
-    def latents(self, part: str) -> Tensor:
-        """Latents [n, d_sae] of one labelled corpus ("fit", "test", "shifted"), computed once."""
-        if part not in self._latents:
-            language = self.bench.language
-            assert language is not None, "ask for labelled text only where there is some"
-            self._latents[part] = torch.cat([self.dictionary.encode(rows) for rows in chunks(language.part(part))])
-        return self._latents[part]
+    def latents(self, rows: Rows) -> Tensor:
+        """Latents [n, d_sae] of some rows of the bench, computed once for each Rows object."""
+        if id(rows) not in self._latents:
+            self._latents[id(rows)] = torch.cat([self.dictionary.encode(part) for part in chunks(rows)])
+        return self._latents[id(rows)]
 
 
 def chunks(rows: Rows, n: int = CHUNK_ROWS) -> Iterator[Rows]:

@@ -1,23 +1,25 @@
-"""The words of the report: labels of recipes, numbers, the sentences of the verdict, the table of the terminal."""
+"""The words of the report: labels of recipes, numbers, the sentence of the verdict, the table of the terminal."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 
-from evaluate.columns import Column
-from evaluate.compare import TRAINED, Difference, Estimate, Recipe
+from evaluate.columns import Column, column_of
+from evaluate.compare import CLAIM, HIGHER, LOWER, NOT_MATCHED, OTHER, Comparison, Difference
+from evaluate.recipes import DROPOUT, NOISE, TRAINED, Recipe
+from evaluate.scale import true_minus
+from evaluate.statistics import LEVEL, Estimate
 
-FOCUS = {  # what the first sentence is about: the first of these that was measured
-    "full_absorption_cross_token": "cross-token absorption",
-    "mean_full_absorption_score": "absorption",
-    "explained_variance": "explained variance",
-}
-FAMILIES = {  # what else the verdict gives in short
-    "full_absorption_same_token": "same-token absorption",
-    "full_absorption_two_token": "two-token absorption",
-}
-MAX_CLAUSES = 4
-CLEAR = ("higher", "lower")  # verdicts of an interval that excludes 0
+DIRECTIONS = {"higher": "higher is better", "lower": "lower is better", "": ""}
+# What the first sentence counts: (beginnings of the columns, what lower and higher are called, what it is of)
+_CLAIMS = (
+    (("full_absorption_", "first_letter_"), "lowered", "raised", "absorption"),
+    (("sae_top_",), "lowered", "raised", "probing AUC"),
+    (("ood_gap_",), "narrowed", "widened", "the OOD gap"),
+    (("explained_variance",), "lowered", "raised", "explained variance"),
+)
+WHO = ("masked", "noise", "masked minus noise")
+_FEW = 3  # comparisons that are listed one by one; more are counted
+MAX_ROWS = 40  # of the terminal's table
 
 
 def labels(recipes: Iterable[Recipe]) -> dict[Recipe, str]:
@@ -46,7 +48,7 @@ def number(value: float, *, signed: bool = False, like: float | None = None) -> 
     text = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
     if float(text) == 0:
         text = text.lstrip("+-")
-    return text.replace("-", "−")
+    return true_minus(text)
 
 
 def error_of(estimate: Estimate) -> str:
@@ -54,137 +56,198 @@ def error_of(estimate: Estimate) -> str:
     return "" if math.isnan(estimate.error) else number(estimate.error, like=estimate.mean)
 
 
-def sentence(differences: Sequence[Difference], unreliable: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The verdict on masking in a few sentences, on the first measured column of FOCUS.
+def joined(words: Sequence[str]) -> str:
+    """`a, b and c`; empty for nothing."""
+    return "".join(words) if len(words) < 2 else f"{', '.join(words[:-1])} and {words[-1]}"
 
-    What every masked recipe changed, what noise of matched strength changed, the other families of absorption, and
-    whether the column can be trusted here.
-    """
-    masked = [difference for difference in differences if difference.recipe.is_masked]
-    for column, what in FOCUS.items():
-        found = [difference for difference in masked if difference.column == column]
+
+def seeds_of(differences: Iterable[Difference]) -> str:
+    """`5 seeds`, or `3 to 5 seeds`."""
+    counts = sorted({difference.n for difference in differences})
+    if len(counts) > 1:
+        return f"{counts[0]} to {counts[-1]} seeds"
+    return f"{counts[0]} seed{'s' * (counts[0] != 1)}"
+
+
+def sentence(comparison: Comparison, columns: Mapping[str, Column]) -> str:
+    """The verdict on masking in one sentence: how many comparisons of each claim went which way."""
+    masked = [d for d in _claims(comparison, columns) if d.recipe.is_masked and d.baseline.is_plain]
+    if not masked:
+        return (
+            "Nothing here says what masking does: "
+            "that takes a masked and an unmasked run of the same architecture, k, size and seed."
+        )
+    tested = [difference for difference in masked if difference.n_family]
+    if not tested and any(difference.verdict == NOT_MATCHED for difference in masked):
+        return "No verdict on masking: no masked run has the L0 of an unmasked one, so they cannot be compared."
+    if not tested:
+        return "No verdict on masking: masked and unmasked training share one seed, which says nothing about chance."
+    changed, unchanged = [], []
+    for starts, lower, higher, what in _CLAIMS:
+        found = [difference for difference in tested if difference.column.startswith(starts)]
+        if clause := _clause(found, lower, higher, what, first=not changed):
+            changed.append(clause)
+        elif found:
+            unchanged.append((what, len(found)))
+    over = f"Over {seeds_of(tested)} at matched L0"
+    none_seen = joined([f"{what} (0 of {n})" for what, n in unchanged])
+    if changed:
+        rest = f"; no difference seen in {none_seen}" if unchanged else ""
+        return f"{over}, masking {joined(changed)}{rest}."
+    if unchanged:
+        return f"{over}, no difference is seen between masked and unmasked training in {none_seen}."
+    return "No verdict on masking: nothing that the claims are about was measured."
+
+
+def _clause(differences: Sequence[Difference], lower: str, higher: str, what: str, *, first: bool) -> str:
+    """`lowered absorption in 3 of 27 (raised in 1)`; empty if no difference was seen."""
+    n_lower, n_higher = (sum(d.verdict == word for d in differences) for word in (LOWER, HIGHER))
+    total = f"{len(differences)}{' comparisons with unmasked training' * first}"
+    if n_lower and n_higher:
+        return f"{lower} {what} in {n_lower} of {total} ({higher} in {n_higher})"
+    if n_lower or n_higher:
+        return f"{lower if n_lower else higher} {what} in {n_lower or n_higher} of {total}"
+    return ""
+
+
+def _claims(comparison: Comparison, columns: Mapping[str, Column]) -> list[Difference]:
+    return [difference for difference in comparison.differences if column_of(columns, difference.column).claim]
+
+
+def claim_columns(differences: Sequence[Difference], columns: Mapping[str, Column]) -> list[str]:
+    """The claim columns that were compared, in the order of the claims."""
+    names = {difference.column for difference in differences if column_of(columns, difference.column).claim}
+    starts = [start for each, _, _, _ in _CLAIMS for start in each]
+
+    def place(name: str) -> int:
+        return next((i for i, start in enumerate(starts) if name.startswith(start)), len(starts))
+
+    return sorted((name for name in columns if name in names), key=place)
+
+
+def verdict_rows(comparison: Comparison, columns: Mapping[str, Column]) -> list[tuple[str, str, list[str]]]:
+    """For each claim column its name, what is wrong with it here, and a text for each of WHO (empty without any)."""
+    rows = []
+    for name in claim_columns(comparison.differences, columns):
+        found = [difference for difference in comparison.differences if difference.column == name]
         plain = [difference for difference in found if difference.baseline.is_plain]
-        if not plain:
-            continue
-        names = list(dict.fromkeys(difference.recipe.name for difference in plain))
-        clauses = [_clause([d for d in plain if d.recipe.name == name], what) for name in names[:MAX_CLAUSES]]
-        if len(names) > MAX_CLAUSES:
-            clauses.append(f"{len(names) - MAX_CLAUSES} more masked recipes are below")
-        shown = [d for d in masked if d.recipe.name in names[:MAX_CLAUSES]]
-        texts = ["; ".join(clauses), _noise(differences, [d for d in shown if d.column == column])]
-        texts.append(_families(shown, column, names[:MAX_CLAUSES]))
-        if column in unreliable:
-            texts.append(f"{what} is unreliable alone here: {unreliable[column]}")
-        return " ".join(f"{text[0].upper()}{text[1:]}." for text in texts if text)
-    return (
-        "Nothing here says what masking does: "
-        "that takes a masked and an unmasked run of the same architecture, k, size and seed."
-    )
+        groups = (
+            [difference for difference in plain if difference.recipe.is_masked],
+            [difference for difference in plain if difference.recipe.control in (NOISE, DROPOUT)],
+            [difference for difference in found if not difference.baseline.is_plain],
+        )
+        if any(groups):
+            texts = [tally(group) if group else "" for group in groups]
+            rows.append((column_of(columns, name).short or name, flag(name, columns, comparison.unreliable), texts))
+    return rows
 
 
-def _clause(differences: Sequence[Difference], what: str) -> str:
-    """What one recipe name changed, in every architecture and size it was trained in."""
-    seeds = sorted({difference.n for difference in differences})
-    over = " or ".join(map(str, seeds)) + f" seed{'s' * (seeds != [1])}"
-    return f"over {over}, '{differences[0].recipe.name}' changed {what} {_changes(differences)}"
+def verdict_lines(comparison: Comparison, columns: Mapping[str, Column]) -> list[str]:
+    """A line for each claim column: what masked recipes changed, what noise did, and masked minus noise."""
+    lines = []
+    for name, fault, texts in verdict_rows(comparison, columns):
+        parts = [f"{who} {text}" for who, text in zip(WHO, texts, strict=True) if text]
+        parts += [f"unreliable alone: {fault}"] if fault else []
+        lines.append(f"{name}: {'; '.join(parts)}")
+    return lines
 
 
-def _changes(differences: Sequence[Difference], pattern: str = "of {who} by {mean}") -> str:
-    """`of batchtopk by −0.1 (its interval: the verdict), of topk by ...`."""
-    among = [difference.recipe for difference in differences]
-    changes = []
-    for difference in differences:
-        if difference.n < 2:
-            remark = "one seed says nothing about chance"
-        else:
-            alone = difference.verdict in CLEAR and not difference.holm
-            caveat = ", but not after Holm's correction for all comparisons" if alone else ""
-            interval = f"95 % interval {number(difference.low)} to {number(difference.high)}"
-            remark = f"{interval}: {difference.verdict}{caveat}"
-        if not difference.l0_is_matched:
-            remark += f"; L0 not matched, {100 * difference.l0_change:+.0f} %".replace("-", "−")
-        who, mean = _who(difference.recipe, among), number(difference.mean, signed=True)
-        changes.append(f"{pattern.format(who=who, mean=mean)} ({remark})")
-    return ", ".join(changes)
+def tally(differences: Sequence[Difference]) -> str:
+    """A few comparisons by their verdicts: `lower (batchtopk −0.120, topk −0.090)`; of many, their numbers."""
+    words = list(dict.fromkeys([LOWER, HIGHER, *(difference.verdict for difference in differences)]))
+    by_verdict = {word: [d for d in differences if d.verdict == word] for word in words}
+    by_verdict = {word: found for word, found in by_verdict.items() if found}
+    if len(differences) == 1:
+        (difference,) = differences
+        has_interval = not math.isnan(difference.low)
+        interval = f" [{number(difference.low)}, {number(difference.high)}]" if has_interval else ""
+        return f"{difference.verdict} ({number(difference.mean, signed=True)}{interval})"
+    if len(differences) <= _FEW:
+        recipes = [difference.recipe for difference in differences]
+        listed = {
+            word: ", ".join(f"{_who(d.recipe, recipes)} {number(d.mean, signed=True)}".strip() for d in found)
+            for word, found in by_verdict.items()
+        }
+        return ", ".join(f"{word} ({each})" for word, each in listed.items())
+    means = [difference.mean for difference in differences]
+    ends = f"{number(min(means), signed=True)} to {number(max(means), signed=True)}"
+    counts = ", ".join(f"{word} in {len(found)}" for word, found in by_verdict.items())
+    return f"{counts} of {len(differences)} (means {ends})"
 
 
 def _who(recipe: Recipe, among: Sequence[Recipe]) -> str:
-    """An architecture, with the other facts that differ among some recipes."""
-    words = [recipe.arch]
-    words += [f"k {recipe.k}"] if len({other.k for other in among}) > 1 else []
-    words += [f"{recipe.d_sae} latents"] if len({other.d_sae for other in among}) > 1 else []
-    words += [recipe.settings] if recipe.settings else []
-    words += [f"({recipe.bench})"] if len({other.bench for other in among}) > 1 else []
-    return " ".join(words)
+    """The facts of a recipe that differ among some recipes."""
+    facts = {
+        recipe.arch: {other.arch for other in among},
+        recipe.name: {other.name for other in among},
+        f"k {recipe.k}": {other.k for other in among},
+        f"{recipe.d_sae} latents": {other.d_sae for other in among},
+        recipe.settings: {other.settings for other in among},
+        f"({recipe.bench})": {other.bench for other in among},
+    }
+    return " ".join(word for word, values in facts.items() if len(values) > 1 and word)
 
 
-def _noise(differences: Sequence[Difference], masked: Sequence[Difference]) -> str:
-    """What noise of matched strength changed, and masked recipes minus noise; empty if there was none."""
-    against = [difference for difference in masked if not difference.baseline.is_plain]
-    texts = []
-    for name in dict.fromkeys(difference.baseline.name for difference in against):
-        chosen = [difference for difference in against if difference.baseline.name == name]
-        baselines, column = [difference.baseline for difference in chosen], chosen[0].column
-        own = [d for d in differences if d.recipe in baselines and d.column == column and d.baseline.is_plain]
-        among = [difference.recipe for difference in own]
-        changed = ", ".join(f"of {_who(d.recipe, among)} by {number(d.mean, signed=True)}" for d in own)
-        minus = f"'{chosen[0].recipe.name}' minus noise"
-        first = f"noise of matched strength ('{name}') changed it {changed}; " if own else ""
-        texts.append(f"{first}{minus}: {_changes(chosen, '{who} {mean}')}")
-    return "; ".join(texts)
+def flag(name: str, columns: Mapping[str, Column], unreliable: Mapping[str, str]) -> str:
+    """What is wrong with a column, here or everywhere; empty if nothing."""
+    known = "" if column_of(columns, name).reliable else "it is known not to rank SAEs; its meaning says why"
+    return unreliable.get(name, known)
 
 
-def _families(masked: Sequence[Difference], focus: str, names: Sequence[str]) -> str:
-    """The same of the other families of absorption, in short; empty where they were not measured."""
-
-    def named(recipe: Recipe) -> str:
-        return f" {recipe.name}" if len(names) > 1 else ""
-
-    texts = []
-    for column, what in FAMILIES.items():
-        found = [d for d in masked if d.column == column and d.baseline.is_plain]
-        if column == focus or not found:
-            continue
-        among = [difference.recipe for difference in found]
-        short = [f"{_who(d.recipe, among)}{named(d.recipe)} {number(d.mean, signed=True)} ({d.verdict})" for d in found]
-        texts.append(f"{what}: {', '.join(short)}")
-    return "; ".join(texts)
-
-
-def cautions(unreliable: Mapping[str, str], columns: Mapping[str, Column]) -> list[tuple[str, str]]:
+def faults(unreliable: Mapping[str, str], columns: Mapping[str, Column]) -> list[tuple[str, str]]:
     """(names of columns, what is wrong with them), one entry per fault; columns with a short name come first."""
     groups: dict[str, list[str]] = {}
     for name, fault in unreliable.items():
         groups.setdefault(fault, []).append(name)
     entries = []
     for fault, names in groups.items():
-        names.sort(key=lambda name: not columns[name].short)
-        entries.append((", ".join(columns[name].short or name for name in names), fault))
+        names.sort(key=lambda name: not column_of(columns, name).short)
+        entries.append((", ".join(column_of(columns, name).short or name for name in names), fault))
     return entries
 
 
-def multiplicity(differences: Sequence[Difference]) -> str:
-    """How many comparisons were made, and how many intervals exclude 0."""
-    tested = [difference for difference in differences if difference.n > 1]
-    if not tested:
-        return "No comparison has more than one seed, so there are no intervals."
-    n_out = sum(difference.verdict in CLEAR for difference in tested)
-    n_holm = sum(difference.holm for difference in tested)
-    return (
-        f"{len(tested)} paired comparisons were made; by chance alone about {len(tested) / 20:.0f} of their 95 % "
-        f"intervals would exclude 0. Here {n_out} do, and {n_holm} {'is' if n_holm == 1 else 'are'} significant after "
-        "Holm's correction for their number."
-    )
+def multiplicity(comparison: Comparison) -> list[str]:
+    """For each family of comparisons: how many there are, and how many intervals exclude 0."""
+    if comparison.differences and not any(difference.n_family for difference in comparison.differences):
+        return ["Nothing was tested: no comparison at matched L0 has more than one seed."]
+    lines = []
+    for family, who in ((CLAIM, "the columns that claims are about"), (OTHER, "the other columns")):
+        found = [difference for difference in comparison.differences if difference.family == family]
+        tested = [difference for difference in found if difference.n_family]
+        if not tested:
+            continue
+        n_out = sum(difference.low > 0 or difference.high < 0 for difference in tested)
+        n_holm = sum(difference.p_holm < LEVEL for difference in tested)
+        lines.append(
+            f"{len(tested)} paired comparisons were tested in {who}; by chance alone about {len(tested) / 20:.0f} of "
+            f"their 95 % intervals would exclude 0. Here {n_out} do{'es' * (n_out == 1)}, and "
+            f"{n_holm} stay{'s' * (n_holm == 1)} significant after Holm's correction for their number."
+        )
+    return lines
 
 
-def terminal_table(tables: Mapping[Recipe, Mapping[str, Estimate]], columns: Mapping[str, Column]) -> str:
-    """A compact table of plain text: recipes under their architecture, mean and standard error of a few columns."""
+def pair(recipe: Recipe, baseline: Recipe) -> str:
+    """`batchtopk masked 0.5 minus unmasked, k 6`."""
+    words = [recipe.arch, recipe.name, "minus", baseline.name]
+    words += [f"({recipe.d_sae} and {baseline.d_sae} latents)"] if recipe.d_sae != baseline.d_sae else []
+    return " ".join(words) + f", k {recipe.k}" + f", {recipe.settings}" * bool(recipe.settings)
+
+
+def terminal_table(comparison: Comparison, columns: Mapping[str, Column]) -> str:
+    """A compact table of plain text: recipes under their architecture, mean and standard error of a few columns.
+
+    Of many recipes it has the claim columns alone, and the first rows.
+    """
+    tables = comparison.tables
+    is_long = len(tables) > MAX_ROWS
     shown = [
-        name for name, column in columns.items() if column.terminal and any(name in table for table in tables.values())
+        name
+        for name, column in columns.items()
+        if (column.claim if is_long else column.terminal) and any(name in table for table in tables.values())
     ]
     named = labels(tables)
-    rows = [["", "seeds", *(columns[name].short for name in shown)]]
-    for recipe, table in tables.items():
+    rows = [["", "seeds", *(columns[name].short or name for name in shown)]]
+    for recipe, table in list(tables.items())[:MAX_ROWS]:
         n = max((estimate.n for estimate in table.values()), default=0)
         rows.append([named[recipe], str(n), *(_cell(table[name]) if name in table else "" for name in shown)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -192,7 +255,7 @@ def terminal_table(tables: Mapping[Recipe, Mapping[str, Estimate]], columns: Map
     for label, *cells in rows:
         numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([label.ljust(widths[0]), *numbers]).rstrip())
-    return "\n".join(lines)
+    return "\n".join(lines + [f"… {len(tables) - MAX_ROWS} more in report.html"] * is_long)
 
 
 def _cell(estimate: Estimate) -> str:

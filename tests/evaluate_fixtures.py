@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from cache_fixtures import make_plan, make_shard
 
-from cache_spec import ActivationCache
+from cache_spec import ActivationCache, UserError, create_cache, finalize_cache, write_shard
 from evaluate.language import EVERYWHERE, Language
 from evaluate.rows import Rows
 from evaluate.subject import Bench, Learned, Subject
+from harvest.model import load_model
 from train.activations import Threshold
 from train.run_folder import finish_run
-from train.sae import SparseAutoencoder
+from train.sae import SparseAutoencoder, initialise
 
 Relation = namedtuple("Relation", "family parent child positions")
 ProbeTask = namedtuple("ProbeTask", "name attribute positions")
@@ -64,7 +67,11 @@ def planted_language(n: int = 4000, family: str = "same_token", **how: float) ->
             "letter": [f"L{p}" for p in range(N_PARENTS)],
             "noun": [f"L{p}n{c}" for p in range(N_PARENTS) for c in range(N_CHILDREN)],
         },
-        feature_names=[f"feature {i}" for i in range(D_MODEL)],
+        feature_names=[
+            *(f"letter L{p}" for p in range(N_PARENTS)),
+            *(f"noun L{p}n{c}" for p in range(N_PARENTS) for c in range(N_CHILDREN)),
+            *(f"other {i}" for i in range(N_OTHER)),
+        ],
         seed=0,
     )
 
@@ -158,25 +165,31 @@ def write_run(
     *,
     seed: int = 0,
     masked: float = 0.0,
+    corrupt: str = "",
+    variant: str = "masked",
+    arch: str = "batchtopk",
+    k: int = 3,
+    recipe: str = "",
     **changes: object,
 ) -> Path:
     """A finished run of `sae` on the first hook point of a cache, as python -m train leaves it."""
     plan, hook = cache.plan, cache.plan.hooks[0]
-    recipe = f"masked {masked}" if masked else "unmasked"
-    name = f"batchtopk {recipe} seed{seed}".replace(" ", "_")
+    recipe = recipe or corrupt.replace("=", " ") or (f"{variant} {masked}" if masked else "unmasked")
+    size = f" d{sae.d_sae}" if sae.d_sae != 16 else ""
+    name = f"{arch} {recipe}{size} seed{seed}".replace(" ", "_")
     (folder / name).mkdir(parents=True)
     facts = {
         "name": name,
         "recipe": recipe,
         "config": {
-            "arch": "batchtopk",
+            "arch": arch,
             "d_sae": sae.d_sae,
-            "k": 3,
+            "k": k,
             "seed": seed,
             "masked_fraction": masked,
-            "corrupt": "",
+            "corrupt": corrupt,
         },
-        "data": {"hook": hook.name},
+        "data": {"hook": hook.name, "masked_variant": variant},
         "cache": {
             "path": str(cache.path),
             "cache_id": plan.cache_id,
@@ -193,3 +206,35 @@ def write_run(
     }
     finish_run(folder / name, sae, {**facts, **changes})
     return folder / name
+
+
+def small_cache(folder: Path, *, seed: int = 0) -> ActivationCache:
+    """A made-up cache of 192 held-out rows of 6 dimensions, of a model that nobody has, with a masked variant."""
+    plan = make_plan(n_rows=256, n_train_rows=64, seed=seed)
+    create_cache(folder, plan)
+    for shard in range(plan.n_shards):
+        values, columns = make_shard(plan, shard)
+        columns["flags"] = np.ones(plan.rows_in(shard), dtype=np.uint8)
+        write_shard(folder, plan, shard, values, columns)
+    finalize_cache(folder)
+    return ActivationCache.open(folder)
+
+
+def small_sae(seed: int, d_model: int = 6, d_sae: int = 16) -> SparseAutoencoder:
+    """Random weights and a threshold, for any cache."""
+    sae = SparseAutoencoder(d_model, d_sae, Threshold())
+    initialise(sae, seed, entries="normal", norm=1.0)
+    sae.threshold = torch.tensor(0.1)
+    return sae
+
+
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model but the embedded one, which comes with the checkout, can be had."""
+    had = load_model
+
+    def unreachable(name: str, **options: Any) -> Any:
+        if name != "tiny":
+            raise UserError(f"'{name}' cannot be had")
+        return had(name, **options)
+
+    monkeypatch.setattr("evaluate.bench.load_model", unreachable)

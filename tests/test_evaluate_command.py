@@ -2,187 +2,218 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cache_fixtures import make_plan, make_shard
-from evaluate_fixtures import write_run
-from harvest_fixtures import save_model, write_text
+from evaluate_fixtures import no_model, small_cache, small_sae, write_run
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError, create_cache, finalize_cache, write_shard
-from cache_spec.hook_point import HookPoint
-from evaluate import bench, measuring
 from evaluate.__main__ import app
 from evaluate.command import choose_metrics, run
 from evaluate.names import available
 from evaluate.runs import RunsIncomplete, find_runs, open_cache
-from harvest import embedded
-from harvest.__main__ import app as harvest
-from harvest.model import activations, load_model
-from train.activations import Threshold
-from train.sae import SparseAutoencoder, initialise
-
-D_MODEL = 6
-
-
-def small_sae(seed: int, d_model: int = D_MODEL, d_sae: int = 16) -> SparseAutoencoder:
-    sae = SparseAutoencoder(d_model, d_sae, Threshold())
-    initialise(sae, seed, entries="normal", norm=1.0)
-    sae.threshold = torch.tensor(0.1)
-    return sae
+from train.run_folder import check_out
 
 
 @pytest.fixture
 def cache(tmp_path) -> ActivationCache:
-    plan = make_plan(n_rows=256, n_train_rows=64)
-    create_cache(tmp_path / "cache", plan)
-    for shard in range(plan.n_shards):
-        values, columns = make_shard(plan, shard)
-        columns["flags"] = np.ones(plan.rows_in(shard), dtype=np.uint8)
-        write_shard(tmp_path / "cache", plan, shard, values, columns)
-    finalize_cache(tmp_path / "cache")
-    return ActivationCache.open(tmp_path / "cache")
+    return small_cache(tmp_path / "cache")
 
 
 @pytest.fixture
 def runs(tmp_path, cache, monkeypatch) -> Path:
     """Two seeds, masked and not, on a made-up cache whose model cannot be had."""
-
-    had = bench.load_model
-
-    def unreachable(name: str, **options: Any) -> Any:
-        if name != bench.EMBEDDED_MODEL:  # that one comes with the checkout
-            raise UserError(f"'{name}' cannot be had")
-        return had(name, **options)
-
-    monkeypatch.setattr(bench, "load_model", unreachable)
+    no_model(monkeypatch)
     for seed in range(2):
         for masked in (0.0, 0.5):
             write_run(tmp_path / "runs", cache, small_sae(seed + 10 * (masked > 0)), seed=seed, masked=masked)
     return tmp_path / "runs"
 
 
-def evaluate(folder: Path, **options: object) -> None:
-    run(folder, **{"metrics": "", "cache": None, "device": "cpu", "out": folder, "seed": 0, **options})
+def evaluate(folder: Path, **options: object) -> dict:
+    """Run the command for core numbers; the report over all runs."""
+    options = {"metrics": "core", "out": folder, **options}
+    run(folder, **options)  # pyright: ignore[reportArgumentType]
+    return json.loads((Path(str(options["out"])) / "report.json").read_text())
 
 
 def test_another_models_cache_gets_core_numbers_and_says_what_is_missing(runs, capsys):
-    evaluate(runs)
+    report = evaluate(runs, metrics="")
     printed = capsys.readouterr().out
-    assert "columns that need the model" in printed
     assert "'made-up' cannot be had" in printed
-    assert "ground truth" in printed
-    report = json.loads((runs / "report.json").read_text())
+    for name in ("absorption", "probing", "recovery"):
+        (sentence,) = [text for text in report["missing"] if text.startswith(f"{name} is not measured: it needs")]
+        assert sentence in printed
     assert [(r["recipe"], r["kind"]) for r in report["recipes"]] == [
         ("unmasked", "trained"),
         ("masked 0.5", "trained"),
+        ("random, L0 matched", "random, L0 matched"),
+        ("permuted decoder", "permuted decoder"),
         ("untrained", "untrained"),
     ]
-    assert len(report["missing"]) == 2
-    assert report["sentence"].startswith("Over 2 seeds, 'masked 0.5' changed explained variance of batchtopk")
     assert "mcc" not in report["recipes"][0]["metrics"]
+    assert report["left_out"] == {}
     for folder in runs.glob("batchtopk*"):
         mine = json.loads((folder / "report.json").read_text())
         nested = mine["eval_result_metrics"]
         assert nested["sparsity"]["l0"] == mine["metrics"]["core"]["l0"] == pytest.approx(3, abs=0.7)
         assert nested["reconstruction_quality"]["explained_variance"] == mine["metrics"]["core"]["explained_variance"]
         assert mine["threshold"]["trained"] == pytest.approx(0.1)
-        assert mine["missing"] == report["missing"]
-    assert "Not measured" in (runs / "report.html").read_text()
+        assert set(mine["missing"]) <= set(report["missing"])
+    assert printed.rstrip().endswith(str((runs / "report.html").resolve()))
 
 
-def test_a_rerun_measures_again_and_gives_the_same(runs):
-    evaluate(runs)
-    first = json.loads((runs / "report.json").read_text())
-    for file in runs.glob("*/report.json"):
-        file.write_text("{}")
-    evaluate(runs)
-    assert json.loads((runs / "report.json").read_text()) == first
-    assert all("metrics" in json.loads(file.read_text()) for file in runs.glob("*/report.json"))
+def test_the_report_names_runs_relative_to_itself_and_no_time(runs):
+    report = evaluate(runs)
+    paths = [result["path"] for result in report["runs"]]
+    assert paths[:4] == sorted(folder.name for folder in runs.glob("batchtopk*unmasked*")) + sorted(
+        folder.name for folder in runs.glob("batchtopk*_masked*")
+    )
+    assert set(paths[4:]) == {None}
+    assert str(runs) not in (runs / "report.json").read_text()
 
 
 def test_one_run_alone_can_be_measured(runs):
     one = next(runs.glob("*unmasked_seed0"))
-    evaluate(one, metrics="core")
-    mine = json.loads((one / "report.json").read_text())
+    mine = evaluate(one)
     assert mine["run"] == one.name  # its own report, not the one over all runs
     assert (one / "report.html").exists()
-    evaluate(one, metrics="core", out=one.parent)
-    assert json.loads((one.parent / "report.json").read_text())["runs"][0]["run"] == one.name
+    assert evaluate(one, out=one.parent)["runs"][0]["run"] == one.name
+
+
+def test_l0_is_in_the_table_whatever_is_measured(runs):
+    report = evaluate(runs, metrics="stability")
+    assert report["recipes"][0]["metrics"]["l0"]["mean"] == pytest.approx(3, abs=0.7)
+    assert "stability_max_cosine" in report["recipes"][0]["metrics"]
+    assert "explained_variance" not in report["recipes"][0]["metrics"]
 
 
 def test_an_out_that_is_or_is_under_a_file_is_said_before_measuring(runs, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="is a file"):
-            evaluate(runs, metrics="core", out=out)
+            evaluate(runs, out=out)
     assert not list(runs.glob("*/report.json"))
 
 
-def test_an_unfinished_run_is_left_out_aloud(runs, capsys):
-    half = next(runs.glob("*masked_0.5_seed1"))
-    facts = json.loads((half / "run.json").read_text())
-    (half / "run.json").write_text(json.dumps({**facts, "status": "training"}))
-    with pytest.raises(RunsIncomplete, match="1 of 4 runs") as caught:
-        evaluate(runs, metrics="core")
+def leave_out(runs: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluating leaves out these runs, each with its words, aloud and in the report, and measures the others."""
+    with pytest.raises(RunsIncomplete, match=f"{len(expected)} of 4 SAEs") as caught:
+        evaluate(runs)
     assert caught.value.exit_code == 1
-    assert f"left out {half.name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
     report = json.loads((runs / "report.json").read_text())
-    assert half.name not in {r["run"] for r in report["runs"]}
-    assert any(half.name in text for text in report["missing"])
-    assert not (half / "report.json").exists()
+    assert report["left_out"].keys() == expected.keys()
+    for name, words in expected.items():
+        assert f"left out {name}: " in printed
+        assert words in report["left_out"][name]
+        assert words in str(caught.value)
+        assert not (runs / name / "report.json").exists()
+    measured = {result["run"] for result in report["runs"] if result["kind"] == "trained"}
+    assert measured == {folder.name for folder in runs.glob("batchtopk*")} - expected.keys()
 
 
-def test_failed_runs_and_transcoders_are_left_out_aloud_each_with_its_reason(runs, capsys):
-    failed, transcoder, *_ = sorted(runs.glob("*/run.json"))
+def test_unfinished_and_failed_runs_and_transcoders_are_left_out_aloud(runs, capsys):
+    half, failed, transcoder, *_ = sorted(runs.glob("*/run.json"))
+    facts = json.loads(half.read_text())
+    half.write_text(json.dumps({**facts, "status": "training"}))
     facts = json.loads(failed.read_text())
     failure = {"step": 312, "reason": "its loss is nan", "checkpoint": 300}
     failed.write_text(json.dumps({**facts, "status": "failed", "failure": failure}))
     facts = json.loads(transcoder.read_text())
     transcoder.write_text(json.dumps({**facts, "data": {**facts.get("data", {}), "target_hook": "layer_3"}}))
-    with pytest.raises(RunsIncomplete, match="2 of 4 runs") as caught:
-        evaluate(runs, metrics="core")
-    assert "failed at step 312 (its loss is nan" in str(caught.value)
-    assert f"left out {transcoder.parent.name}: a transcoder" in capsys.readouterr().out
-    report = json.loads((runs / "report.json").read_text())
-    assert len(report["missing"]) >= 2
-    assert {failed.parent.name, transcoder.parent.name}.isdisjoint(run["run"] for run in report["runs"])
+    words = {half: "--resume", failed: "failed at step 312 (its loss is nan", transcoder: "a transcoder"}
+    leave_out(runs, {file.parent.name: text for file, text in words.items()}, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("run.json", "{", "is not JSON"),
+        ("run.json", "[]", "is not a JSON object"),
+        ("run.json", '{"status": "complete"}', "lacks or garbles"),
+        ("run.json", '{"status": "complete", "config": 3, "cache": {}}', "lacks or garbles"),
+        ("cfg.json", "{", "is damaged"),
+        ("cfg.json", "[]", "is damaged"),
+        ("cfg.json", "{}", "is damaged"),
+        ("sae_weights.safetensors", "cut short", "is damaged"),
+    ],
+)
+def test_a_mangled_file_leaves_its_run_out(runs, name, text, words, capsys):
+    broken = next(runs.glob("*_masked*_seed1"))
+    (broken / name).write_text(text)
+    leave_out(runs, {broken.name: words}, capsys)
+
+
+def test_weights_that_are_cut_nan_or_of_another_width_leave_their_runs_out(runs, cache, tmp_path, capsys):
+    cut, bad, other = sorted(runs.glob("batchtopk*"))[:3]
+    weights = cut / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    tensors = load_file(bad / "sae_weights.safetensors")
+    tensors["W_dec"][0, 0] = torch.nan
+    save_file(tensors, bad / "sae_weights.safetensors")
+    wide = write_run(tmp_path / "wide", cache, small_sae(0, d_model=8))
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        shutil.copy(wide / name, other / name)
+    words = {cut: "is damaged", bad: "its W_dec holds NaN or infinity", other: "it reads 8 dimensions"}
+    leave_out(runs, {folder.name: text for folder, text in words.items()}, capsys)
+
+
+def test_a_copy_of_a_run_does_not_pass_for_another_seed(runs, capsys):
+    one = next(runs.glob("*unmasked_seed0"))
+    shutil.rmtree(next(runs.glob("*unmasked_seed1")))
+    shutil.copytree(one, one.with_name("zcopy"))
+    with pytest.raises(RunsIncomplete, match=f"of the same recipe and seed as {one.name}"):
+        evaluate(runs)
+    plain = json.loads((runs / "report.json").read_text())["recipes"][0]
+    assert plain["metrics"]["l0"]["n_seeds"] == 1
+
+
+def test_nothing_that_can_be_measured_is_an_error_before_measuring(runs):
+    for file in runs.glob("*/sae_weights.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(RunsIncomplete, match="nothing can be measured; "):
+        evaluate(runs)
+    assert not (runs / "report.json").exists()
 
 
 def test_the_report_can_go_elsewhere(runs, tmp_path):
-    evaluate(runs, metrics="core", out=tmp_path / "new" / "place")
+    report = evaluate(runs, out=tmp_path / "new" / "place")
     assert (tmp_path / "new" / "place" / "report.html").exists()
     assert not (runs / "report.html").exists()
+    assert report["runs"][0]["path"].startswith("../../runs/")
 
 
-def test_ctrl_c_keeps_the_reports_of_finished_runs(runs, monkeypatch):
-    load, seen = measuring.load_run, []
-
-    def interrupted(path, device):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.append(path)
-        return load(path, device)
-
-    monkeypatch.setattr(measuring, "load_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(runs, metrics="core")
-    assert {file.parent for file in runs.glob("*/report.json")} == set(seen)
-    assert not list(runs.rglob("*.partial"))
-    assert not (runs / "report.json").exists()
+def test_training_goes_on_in_a_folder_that_was_evaluated(runs, tmp_path):
+    evaluate(runs)
+    assert (runs / ".evaluate" / "controls").is_dir()
+    check_out(runs)
+    for folder in runs.glob("batchtopk*"):
+        shutil.rmtree(folder)
+    check_out(runs)  # reports and hidden folders alone are not in the way of runs
 
 
 def test_a_moved_cache_is_found_with_the_option_and_asked_for_without(runs, cache, tmp_path):
     moved = shutil.move(cache.path, tmp_path / "elsewhere")
-    with pytest.raises(CacheNotFound, match=r"trained on .*cache.*--cache"):
+    with pytest.raises(RunsIncomplete, match=r"trained on .*cache.*--cache"):
         evaluate(runs)
-    evaluate(runs, metrics="core", cache=Path(moved))
-    assert (runs / "report.json").exists()
+    evaluate(runs, cache=Path(moved))
+    one = sorted(runs.glob("*/run.json"))[0]
+    facts = json.loads(one.read_text())
+    one.write_text(json.dumps({**facts, "cache": {**facts["cache"], "path": str(moved)}}))
+    assert evaluate(runs)["left_out"] == {}  # one run knows where the cache of all is now
+
+
+def test_a_run_of_a_cache_that_is_gone_is_left_out_and_the_others_are_measured(runs, tmp_path, capsys):
+    gone = small_cache(tmp_path / "gone", seed=5)
+    shutil.rmtree(next(runs.glob("*_masked*_seed1")))
+    run_of_it = write_run(runs, gone, small_sae(7), seed=7)
+    shutil.rmtree(gone.path)
+    leave_out(runs, {run_of_it.name: "no cache is there now"}, capsys)
 
 
 def test_another_cache_in_its_place_is_refused(runs, tmp_path):
@@ -191,8 +222,11 @@ def test_another_cache_in_its_place_is_refused(runs, tmp_path):
     for shard in range(other.n_shards):
         write_shard(tmp_path / "other", other, shard, *make_shard(other, shard))
     finalize_cache(tmp_path / "other")
+    first = find_runs(runs)[0][0]
     with pytest.raises(CacheError, match="was trained on"):
-        open_cache(find_runs(runs)[0][0], tmp_path / "other")
+        open_cache(first, tmp_path / "other")
+    with pytest.raises(CacheNotFound):
+        open_cache(first, tmp_path / "nowhere")
 
 
 def test_bad_folders_get_one_sentence_each(tmp_path, runs):
@@ -201,21 +235,13 @@ def test_bad_folders_get_one_sentence_each(tmp_path, runs):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):
         find_runs(tmp_path / "empty")
+    with pytest.raises(UserError, match="there is nothing to measure"):
+        run(None, out=tmp_path / "out")
     for file in runs.glob("*/run.json"):
         file.write_text(json.dumps({"status": "training"}))
     with pytest.raises(RunsIncomplete, match="--resume") as caught:
         find_runs(runs)
     assert caught.value.exit_code == 1
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"status": "complete"}', '{"status": "complete", "config": 3, "cache": {}}']
-)
-def test_a_mangled_run_file_is_named(runs, text):
-    file = next(runs.glob("*/run.json"))
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"run\.json"):
-        find_runs(runs)
 
 
 def test_runs_that_differ_in_another_setting_are_not_taken_for_seeds(runs):
@@ -227,8 +253,7 @@ def test_runs_that_differ_in_another_setting_are_not_taken_for_seeds(runs):
             config = {**facts["config"], "lr": lr, "penalties": ["auxk=0.1"]}
             (other / "run.json").write_text(json.dumps({**facts, "name": other.name, "config": config}))
         shutil.rmtree(file.parent)
-    evaluate(runs, metrics="core")
-    report = json.loads((runs / "report.json").read_text())
+    report = evaluate(runs)
     trained = [r for r in report["recipes"] if r["kind"] == "trained"]
     assert sorted((r["recipe"], r["settings"]) for r in trained) == [
         ("masked 0.5", "lr 0.0003"),
@@ -251,15 +276,31 @@ def test_penalties_that_vary_and_positions_of_masked_runs_are_named(runs):
     assert {run.recipe for run in found} == {"unmasked", "masked 0.5, drop_masked"}
 
 
+def test_what_a_run_is_a_control_for_is_read_from_its_facts(runs, cache):
+    write_run(runs, cache, small_sae(3), corrupt="gaussian=0.4")
+    write_run(runs, cache, small_sae(4), corrupt="dropout=0.4")
+    write_run(runs, cache, small_sae(5), masked=0.5, variant="random")
+    write_run(runs, cache, small_sae(6), masked=0.5, variant="masked_2")
+    write_run(runs, cache, small_sae(7, d_sae=8))
+    found = {(run.recipe, run.d_sae): (run.control, run.is_plain, run.is_masked) for run in find_runs(runs)[0]}
+    assert found == {
+        ("unmasked", 16): ("", True, False),
+        ("unmasked", 8): ("small dictionary", True, False),
+        ("masked 0.5", 16): ("", False, True),
+        ("masked_2 0.5", 16): ("", False, True),
+        ("random 0.5", 16): ("random token", False, False),
+        ("gaussian 0.4", 16): ("noise", False, False),
+        ("dropout 0.4", 16): ("dropout", False, False),
+    }
+
+
 def test_a_device_that_is_not_there_is_one_sentence(runs):
     with pytest.raises(UserError, match="--device meta7 cannot be used here"):
         evaluate(runs, device="meta7")
 
 
 def test_an_unknown_metric_lists_the_known_ones():
-    with pytest.raises(
-        UserError, match="there is no metric 'fancy'; there are absorption, core, ood, probing, recovery"
-    ):
+    with pytest.raises(UserError, match=f"there is no metric 'fancy'; there are {', '.join(available())}"):
         choose_metrics("core,fancy")
     with pytest.raises(UserError, match="names nothing"):
         choose_metrics(" , ")
@@ -267,75 +308,30 @@ def test_an_unknown_metric_lists_the_known_ones():
 
 
 def test_help_explains_every_option():
-    text = CliRunner().invoke(app, ["--help"]).output
-    for option in ("--metrics", "--cache", "--device", "--out", "--seed"):
-        assert option in text
+    text = CliRunner().invoke(app, ["--help"], terminal_width=200).output
+    options = ("metrics", "sae", "cache", "hook", "probe-data", "sae-probes", "shifted-text", "device", "out", "seed")
+    for option in (*options, "fresh", "no-sae-probes"):
+        assert f"--{option}" in text
     for metric in available():
         assert metric in text
 
 
-def test_a_local_model_gets_loss_columns_from_the_caches_held_out_windows(tmp_path, capsys):
-    model, text = save_model(tmp_path / "model"), write_text(tmp_path / "text.txt", 400)
-    arguments = ["--model", model, "--dataset", text, "--layers", "1", "--tokens", "6k", "--context", "32"]
-    arguments += ["--held-out", "0.3", "--scale-factor", "1", "--out", tmp_path / "cache"]
-    assert CliRunner().invoke(harvest, [str(argument) for argument in arguments]).exit_code == 0
-    opened = ActivationCache.open(tmp_path / "cache")
-    write_run(tmp_path / "runs", opened, small_sae(0, d_model=16, d_sae=64))
-    evaluate(tmp_path / "runs")
-    report = json.loads((tmp_path / "runs" / "report.json").read_text())
-    assert len(report["missing"]) == 1
-    assert "ground truth" in report["missing"][0]
-    (trained,) = [r["metrics"] for r in report["recipes"] if r["kind"] == "trained"]
-    windows = torch.from_numpy(
-        np.load(tmp_path / "cache" / "_granary" / "windows.npy")[opened.plan.n_train_windows :].astype(np.int64)
-    )
-    loaded = load_model(str(model))
-    expected = float(loaded.model(input_ids=windows, labels=windows).loss)
-    assert trained["ce_loss_without_sae"]["mean"] == pytest.approx(expected, rel=1e-4)
-    assert trained["kl_div_with_sae"]["mean"] > 0
-    assert "explained_variance_unreplaced" in trained
-
-
-@pytest.fixture(scope="module")
-def tiny_runs(tmp_path_factory) -> Path:
-    """Untrained SAEs of three recipes on a small cache of the embedded model."""
-    folder = tmp_path_factory.mktemp("tiny")
-    loaded, hook_point = load_model("tiny"), HookPoint.parse(embedded.HOOK_POINT)
-    tokens = torch.from_numpy(embedded.generate(12, seed=1).tokens)
-    x = activations(loaded, tokens, [hook_point])[hook_point][:, 1:].reshape(-1, loaded.d_model).numpy()
-    plan = make_plan(n_rows=704, n_train_rows=64, d_model=loaded.d_model, layers=(hook_point.layer,))
-    plan = replace(plan, model={**plan.model, "id": "tiny", "revision": loaded.revision})
-    create_cache(folder / "cache", plan)
-    for shard in range(plan.n_shards):
-        values, columns = make_shard(plan, shard)
-        rows = x[64 * shard : 64 * shard + 64].astype("<f2")
-        columns["flags"] = np.ones(plan.rows_in(shard), dtype=np.uint8)
-        write_shard(folder / "cache", plan, shard, dict.fromkeys(values, rows), columns)
-    finalize_cache(folder / "cache")
-    opened = ActivationCache.open(folder / "cache")
-    for seed in range(2):
-        write_run(folder / "runs", opened, small_sae(seed, loaded.d_model, 128), seed=seed)
-        write_run(folder / "runs", opened, small_sae(seed + 5, loaded.d_model, 128), seed=seed, masked=0.5)
-    return folder / "runs"
-
-
-def test_the_embedded_model_gets_every_metric_and_all_controls(tiny_runs, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "N_DOCUMENTS", {"fit": 250, "test": 250, "shifted": 250})
-    monkeypatch.setattr(bench, "N_EVERYWHERE", 3000)
-    monkeypatch.setattr(bench, "N_SPLICE_WINDOWS", 10)
-    evaluate(tiny_runs)
-    report = json.loads((tiny_runs / "report.json").read_text())
-    assert report["missing"] == []
-    by_kind = {r["kind"]: {name: v["mean"] for name, v in r["metrics"].items()} for r in report["recipes"]}
-    oracle, trained = by_kind["oracle"], by_kind["trained"]
-    expected = {name for metric in choose_metrics("") for name in metric.columns if not name.startswith("recall_gap")}
-    assert expected <= set(trained)
-    assert oracle["mcc"] == pytest.approx(1.0, abs=1e-4)
-    assert oracle["sae_top_1_test_auc_shifted"] == pytest.approx(1.0)
-    assert oracle["mean_full_absorption_score"] == 0.0
-    assert trained["mcc"] < 0.6
-    assert trained["ce_loss_with_ablation"] > trained["ce_loss_without_sae"]
-    page = (tiny_runs / "report.html").read_text()
-    for section in ("A worked example", "Probing on the usual", "seed by seed", "What each recipe changes"):
-        assert section in page
-    assert "Over 2 seeds, 'masked 0.5' changed cross-token absorption" in capsys.readouterr().out
+def test_every_option_reaches_what_it_decides(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr("evaluate.command.run", lambda folder, **options: seen.update(options, folder=folder))
+    arguments = "runs --metrics core --sae a --sae b/c --cache d --hook e --probe-data f --probe-data g --sae-probes "
+    arguments += "--shifted-text h --device cuda --out i --seed 5 --fresh"
+    assert CliRunner().invoke(app, arguments.split()).exit_code == 0
+    sources = seen.pop("sources")
+    assert (sources.probe_data, sources.sae_probes, sources.shifted_text) == ((Path("f"), Path("g")), True, Path("h"))
+    assert seen == {
+        "folder": Path("runs"),
+        "metrics": "core",
+        "saes": ["a", "b/c"],
+        "cache": Path("d"),
+        "hook": "e",
+        "device": "cuda",
+        "out": Path("i"),
+        "seed": 5,
+        "fresh": True,
+    }

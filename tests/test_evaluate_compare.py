@@ -1,86 +1,73 @@
-"""Comparing recipes: pairing by seed, intervals, corrections, controls, and the words for them."""
+"""Comparing recipes: pairing by seed, intervals, corrections, verdicts, and the seeds that an effect would need."""
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
+from compare_fixtures import COLUMNS, SCORE, recipe, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluate import wording
 from evaluate.columns import Column
-from evaluate.compare import (
+from evaluate.compare import CLAIM, OTHER, compare, differences
+from evaluate.recipes import (
+    MATCHED,
     ORACLE,
+    PERMUTED,
     RANDOM,
-    Difference,
-    Recipe,
     Result,
     baseline_of,
     by_recipe,
-    differences,
-    estimate,
     summaries,
-    unreliable,
 )
-
-COLUMNS = {"score": Column(meaning="a score", better="higher", oracle_is_best=True, short="sc", terminal=True)}
-
-
-def recipe(name: str = "unmasked", **facts: Any) -> Recipe:
-    plain = Recipe(bench="b", arch="batchtopk", k=6, d_sae=512, name=name, is_plain=name == "unmasked")
-    return replace(plain, is_masked=name.startswith("masked"), **facts)
-
-
-def results(of: Recipe, values: list[float], column: str = "score", first_seed: int = 0) -> list[Result]:
-    return [
-        Result(run=f"{of.name}{i}", recipe=of, seed=first_seed + i, values={column: v}) for i, v in enumerate(values)
-    ]
-
+from evaluate.statistics import estimate, holm, paired_test, power, seeds_needed, smallest_effect
 
 numbers = st.lists(st.floats(-5, 5).map(lambda value: round(value, 3)), min_size=2, max_size=6)
 
 
 @given(numbers, st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_differences_are_the_paired_t_test(base, seed):
     other = [
         value + shift for value, shift in zip(base, np.random.default_rng(seed).normal(size=len(base)), strict=True)
     ]
-    (found,) = differences(results(recipe(), base) + results(recipe("masked 0.5"), other), ["score"])
+    (found,) = differences(results(recipe(), base) + results(recipe("masked 0.5"), other), COLUMNS)
     reference = stats.ttest_rel(other, base)
     interval = reference.confidence_interval(0.95)
     assert found.mean == pytest.approx(float(np.mean(other) - np.mean(base)), abs=1e-9)
+    assert found.error == pytest.approx(float(stats.sem(np.subtract(other, base))), abs=1e-9)
     assert (found.low, found.high) == pytest.approx((float(interval.low), float(interval.high)), rel=1e-6, abs=1e-9)
-    assert found.p == pytest.approx(float(reference.pvalue), rel=1e-5)
-    assert (found.verdict == "not distinguishable from 0") == (found.low <= 0 <= found.high)
+    assert found.p == found.p_holm == pytest.approx(float(reference.pvalue), rel=1e-5)
+    assert (found.verdict == "no difference seen") == (found.low <= 0 <= found.high)
 
 
 def test_pairs_are_of_equal_seeds_whatever_the_order():
     base = results(recipe(), [1.0, 2.0, 3.0])[::-1]
     other = results(recipe("masked 0.5"), [2.5, 3.5, 9.0], first_seed=1)  # seeds 1, 2, 3: two pairs
-    (found,) = differences([*other, *base], ["score"])
+    (found,) = differences([*other, *base], COLUMNS)
     assert (found.n, found.mean) == (2, 0.5)
 
 
-def test_one_seed_has_no_interval_and_says_so():
-    (found,) = differences(results(recipe(), [1.0]) + results(recipe("masked 0.5"), [2.0]), ["score"])
-    assert math.isnan(found.low)
-    assert found.verdict == "one seed: no interval"
-    assert "one seed says nothing about chance" in wording.sentence([found_as(found, "explained_variance")])
+def test_a_seed_whose_number_is_not_defined_is_no_pair():
+    base = results(recipe(), [1.0, math.nan, 3.0])
+    (found,) = differences(base + results(recipe("masked 0.5"), [2.0, 3.0, 5.0]), COLUMNS)
+    assert (found.n, found.mean) == (2, 1.5)
 
 
-def found_as(difference: Difference, column: str) -> Difference:
-    return replace(difference, column=column)
+def test_one_seed_has_no_interval_and_no_verdict():
+    (found,) = differences(results(recipe(), [1.0]) + results(recipe("masked 0.5"), [2.0]), COLUMNS)
+    assert all(map(math.isnan, (found.low, found.high, found.error, found.p, found.p_holm)))
+    assert found.verdict == "one seed: no verdict"
+    assert (found.n_family, found.seeds_needed) == (0, None)
 
 
-def test_equal_values_everywhere_are_not_distinguishable_from_zero():
-    (found,) = differences(results(recipe(), [1.0, 2.0]) + results(recipe("masked 0.5"), [1.0, 2.0]), ["score"])
+def test_equal_values_everywhere_are_no_difference():
+    (found,) = differences(results(recipe(), [1.0, 2.0]) + results(recipe("masked 0.5"), [1.0, 2.0]), COLUMNS)
     assert (found.low, found.high, found.p) == (0.0, 0.0, 1.0)
-    assert found.verdict == "not distinguishable from 0"
-    assert not found.holm
+    assert found.verdict == "no difference seen"
+    assert found.seeds_needed is None
 
 
 def test_the_baseline_is_plain_training_with_the_largest_dictionary():
@@ -94,123 +81,134 @@ def test_the_baseline_is_plain_training_with_the_largest_dictionary():
 
 def test_controls_are_not_compared_with_anything():
     trained = results(recipe(), [1.0, 2.0])
-    controls = results(recipe(ORACLE, kind=ORACLE), [9.0]) + results(recipe(RANDOM, kind=RANDOM), [0.0])
-    assert differences(trained + controls, ["score"]) == []
-    assert next(iter(by_recipe(controls + trained))) == recipe()
+    controls = [row for kind in (ORACLE, RANDOM, MATCHED, PERMUTED) for row in results(recipe(kind, kind=kind), [9.0])]
+    assert differences(trained + controls, COLUMNS) == []
+    order = [of.kind for of in by_recipe(controls + trained)]
+    assert order == ["trained", MATCHED, PERMUTED, RANDOM, ORACLE]
 
 
-def test_holm_is_stricter_than_each_interval_alone():
-    """Twenty columns of noise and one clear effect: only the effect survives, whatever looks significant alone."""
-    rng = np.random.default_rng(1)
-    base = [{f"c{i}": float(value) for i, value in enumerate(rng.normal(size=21))} for _ in range(4)]
-    other = [{name: value + rng.normal() for name, value in values.items()} for values in base]
-    for seed, values in enumerate(other):
-        values["c20"] = base[seed]["c20"] + 5 + 0.001 * seed
-    rows = [Result(run="", recipe=recipe(), seed=i, values=values) for i, values in enumerate(base)]
-    rows += [Result(run="", recipe=recipe("masked 0.5"), seed=i, values=values) for i, values in enumerate(other)]
-    found = differences(rows, [f"c{i}" for i in range(21)])
-    assert [d.column for d in found if d.holm] == ["c20"]
-    assert "21 paired comparisons" in wording.multiplicity(found)
-    assert "and 1 is significant after Holm" in wording.multiplicity(found)
+def two_arms(n_columns: int, n_seeds: int = 4, effect: float = 5.0) -> tuple[list[Result], dict[str, Column]]:
+    """Noise in every column but the last, which is clearly higher in the second arm."""
+    rng = np.random.default_rng(6)
+    names = [f"c{i}" for i in range(n_columns)]
+    rows = []
+    for seed in range(n_seeds):
+        base = dict(zip(names, rng.normal(size=n_columns), strict=True))
+        other = {name: value + rng.normal() for name, value in base.items()}
+        other[names[-1]] = base[names[-1]] + effect + 0.001 * seed
+        rows += [Result(run="", recipe=recipe(), seed=seed, values=base)]
+        rows += [Result(run="", recipe=recipe("masked 0.5"), seed=seed, values=other)]
+    return rows, dict.fromkeys(names, SCORE)
+
+
+def test_only_what_survives_holm_is_called_a_difference():
+    rows, columns = two_arms(21)
+    found = differences(rows, columns)
+    assert [d.column for d in found if d.verdict != "no difference seen"] == ["c20"]
+    assert {d.n_family for d in found} == {21}
+    assert sum(d.p < 0.05 for d in found) > 1  # alone, noise would have passed for more
+    adjusted = holm([d.p for d in found])
+    assert [d.p_holm for d in found] == adjusted
+
+
+def test_claims_are_corrected_for_their_own_number():
+    rows, columns = two_arms(6)
+    columns["c0"] = replace(SCORE, claim=True, short="")
+    found = compare(rows, columns)
+    assert found.families == {CLAIM: 1, OTHER: 5}
+    by_column = {d.column: d for d in found.differences}
+    assert (by_column["c0"].family, by_column["c0"].n_family, by_column["c5"].n_family) == (CLAIM, 1, 5)
+    assert by_column["c0"].p_holm == by_column["c0"].p
+
+
+def test_columns_without_rank_or_of_dependent_seeds_are_summarised_and_not_tested():
+    rows, columns = two_arms(3)
+    columns |= {"c0": replace(SCORE, paired=False), "c1": replace(SCORE, better="")}
+    found = compare(rows, columns)
+    assert [d.column for d in found.differences] == ["c2"]
+    assert {"c0", "c1", "c2"} <= found.tables[recipe()].keys()
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_holm_is_the_step_down_by_definition(p):
+    """Adjusted p is at most alpha exactly where Holm's procedure at alpha rejects."""
+    adjusted = holm(p)
+    for alpha in (0.01, 0.05, 0.2):
+        rejected, order = set(), sorted(range(len(p)), key=lambda i: p[i])
+        for rank, i in enumerate(order):
+            if p[i] > alpha / (len(p) - rank):
+                break
+            rejected.add(i)
+        clear = [i for i in range(len(p)) if abs(adjusted[i] - alpha) > 1e-12]
+        assert all((adjusted[i] <= alpha) == (i in rejected) for i in clear)
 
 
 def test_estimates_are_mean_and_standard_error():
     found = estimate([1.0, 2.0, 6.0])
     assert (found.mean, found.n) == (3.0, 3)
     assert found.error == pytest.approx(float(stats.sem([1.0, 2.0, 6.0])))
-    assert math.isnan(estimate([1.0]).error)
 
 
-def test_a_column_that_a_seed_lacks_is_left_out_of_the_summary():
-    rows = results(recipe(), [1.0, 2.0])
-    rows[1] = Result(run="x", recipe=recipe(), seed=1, values={})
-    assert summaries(rows) == {recipe(): {}}
-
-
-@pytest.mark.parametrize(
-    ("oracle", "untrained", "fault"),
-    [(1.0, 0.1, ""), (0.7, 0.1, "oracle"), (1.0, 0.9, "untrained"), (0.79, 0.1, ""), (1.0, 0.81, "")],
-    ids=["sound", "beats the oracle", "beaten by an untrained one", "within two errors", "within two errors below"],
+@pytest.mark.parametrize(  # two-sided paired t-test, 5 %, power 80 %: Cohen 1988 and G*Power 3.1
+    ("effect", "n"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)]
 )
-def test_a_column_that_ranks_a_control_wrongly_is_unreliable(oracle, untrained, fault):
-    rows = results(recipe(), [0.78, 0.8, 0.82])  # mean 0.8, standard error 0.0115
-    rows += results(recipe(ORACLE, kind=ORACLE, arch="", k=0), [oracle])
-    rows += results(recipe(RANDOM, kind=RANDOM), [untrained])
-    found = unreliable(rows, COLUMNS)
-    assert (fault in found["score"]) if fault else found == {}
+def test_seeds_needed_are_those_of_published_tables(effect, n):
+    assert seeds_needed(effect, 1.0, 1) == n
+    assert seeds_needed(-effect, 1.0, 1) == n
+    assert power(n, effect, 0.05) >= 0.8 > power(n - 1, effect, 0.05)
 
 
-def test_an_untrained_sae_of_another_size_or_a_column_without_a_ranking_says_nothing():
-    rows = results(recipe(), [0.8]) + results(recipe(RANDOM, kind=RANDOM, d_sae=128), [0.9])
-    assert unreliable(rows, COLUMNS) == {}
-    rows = results(recipe(), [0.8]) + results(recipe(RANDOM, kind=RANDOM), [0.9])
-    assert unreliable(rows, COLUMNS)
-    assert unreliable(rows, {"score": Column(meaning="an L0")}) == {}
+def test_power_is_what_a_simulation_finds():
+    rng = np.random.default_rng(0)
+    for n, effect, level in ((5, 1.5, 0.05), (8, 1.6, 0.01), (20, 0.7, 0.05 / 6)):
+        draws = rng.normal(effect, 1, (10_000, n))
+        statistic = draws.mean(1) / (draws.std(1, ddof=1) / np.sqrt(n))
+        seen = float((np.abs(statistic) > stats.t.isf(level / 2, n - 1)).mean())
+        assert power(n, effect, level) == pytest.approx(seen, abs=0.015)
 
 
-def test_the_sentence_is_about_masking_and_the_first_measured_focus():
-    rows = []
-    for column, shift in (("explained_variance", -0.5), ("full_absorption_cross_token", -0.01)):
-        rows += results(recipe(), [0.4, 0.5, 0.6], column) + results(recipe("gaussian 0.4"), [0.0, 0.1, 0.2], column)
-        rows += results(recipe("masked 0.5"), [0.4 + shift, 0.52 + shift, 0.58 + shift], column)
-    merged = [
-        Result(
-            run="",
-            recipe=r,
-            seed=s,
-            values={k: v for x in rows if (x.recipe, x.seed) == (r, s) for k, v in x.values.items()},
-        )
-        for r in dict.fromkeys(x.recipe for x in rows)
-        for s in range(3)
-    ]
-    text = wording.sentence(differences(merged, ["explained_variance", "full_absorption_cross_token"]))
-    assert text.startswith(
-        "Over 3 seeds, 'masked 0.5' changed cross-token absorption of batchtopk by −0.010 (95 % interval"
-    )
-    assert text.endswith(": not distinguishable from 0).")
-    assert "gaussian" not in text
-    assert wording.sentence([]).startswith("Nothing here says what masking does")
+def test_seeds_needed_grow_with_the_family_and_end_somewhere():
+    few, many = seeds_needed(1.0, 1.0, 10), seeds_needed(1.0, 1.0, 100)
+    assert few is not None
+    assert many is not None
+    assert 10 < few < many
+    assert seeds_needed(1e-3, 1.0, 1) is None
+    assert seeds_needed(0.0, 1.0, 1) is None
+    assert seeds_needed(1.0, math.nan, 1) is None
+    assert seeds_needed(1.0, 0.0, 50) == 2
+    assert seeds_needed(1e6, 1.0, 1) == 2
 
 
-def test_labels_name_only_what_differs():
-    recipes = [recipe(), recipe(d_sae=128), recipe("masked 0.5", k=12)]
-    assert wording.labels(recipes[:1]) == {recipes[0]: "batchtopk unmasked"}
-    assert list(wording.labels(recipes).values()) == [
-        "batchtopk unmasked k 6",
-        "batchtopk unmasked k 6 128 latents",
-        "batchtopk masked 0.5 k 12",
-    ]
-    both = [recipe(), recipe(bench="other")]
-    assert list(wording.labels(both).values()) == ["batchtopk unmasked (b)", "batchtopk unmasked (other)"]
+def test_the_smallest_effect_is_the_one_its_seeds_are_needed_for():
+    for n, n_family in ((3, 1), (5, 12), (12, 100)):
+        effect = smallest_effect(n, n_family)
+        assert power(n, effect, 0.05 / n_family) == pytest.approx(0.8, abs=1e-6)
+        assert seeds_needed(effect * (1 + 1e-6), 1.0, n_family) == n
+    assert math.isnan(smallest_effect(1, 1))
 
 
-@pytest.mark.parametrize(
-    ("value", "signed", "text"),
-    [
-        (0.12345, False, "0.123"),
-        (-0.5, False, "−0.500"),
-        (0.5, True, "+0.500"),
-        (-0.0001, True, "0.000"),
-        (123.4, False, "123.4"),
-    ],
-)
-def test_numbers_are_short_and_honest_about_zero(value, signed, text):
-    assert wording.number(value, signed=signed) == text
-    assert wording.number(float("nan")) == "–"
+def test_a_paired_test_of_one_pair_has_only_a_mean():
+    found = paired_test([0.5])
+    assert found.mean == 0.5
+    assert math.isnan(found.p)
 
 
-def test_an_error_is_as_precise_as_its_mean():
-    assert wording.error_of(estimate([100.0, 104.0, 96.0])) == "2.3"
-    assert wording.error_of(estimate([1.0])) == ""
+@pytest.mark.parametrize(("l0", "is_matched"), [(6.1, True), (6.3, False), (5.7, False)])
+def test_an_l0_that_is_not_matched_gives_no_verdict_and_is_no_comparison(l0, is_matched):
+    rows = results(recipe(), [1.0, 1.1, 1.2], l0=6.0)
+    rows += results(recipe("masked 0.5"), [2.0, 2.1, 2.3], l0=l0)
+    (found,) = differences(rows, COLUMNS)
+    assert found.l0_change == pytest.approx(l0 / 6 - 1)
+    assert found.l0_matched == is_matched
+    assert found.verdict == ("higher" if is_matched else "L0 not matched")
+    assert found.n_family == int(is_matched)
+    assert found.p < 0.05
 
 
-def test_the_terminal_table_has_a_line_per_recipe_and_lines_up():
-    rows = results(recipe(), [0.4, 0.5, 0.6]) + results(recipe(ORACLE, kind=ORACLE, arch=""), [1.0])
-    head, *lines = wording.terminal_table(summaries(rows), COLUMNS).split("\n")
-    assert head.split() == ["seeds", "sc"]
-    assert lines[0].split() == ["batchtopk", "unmasked", "3", ".500±.058"]
-    assert lines[1].split() == ["oracle", "1", "1.00"]
-    assert len(head) == len(lines[0]) == len(lines[1])
+def test_an_l0_that_nobody_measured_is_taken_for_matched():
+    (unknown,) = differences(results(recipe(), [1.0]) + results(recipe("masked 0.5"), [2.0]), COLUMNS)
+    assert unknown.l0_matched
 
 
 def two_sizes() -> list[Result]:
@@ -223,7 +221,7 @@ def two_sizes() -> list[Result]:
 
 def test_a_masked_recipe_is_compared_with_the_plain_one_of_its_size():
     """Two sizes and two fractions: the difference is that of masking, never of size."""
-    found = {(d.recipe.name, d.recipe.d_sae): d for d in differences(two_sizes(), ["score"])}
+    found = {(d.recipe.name, d.recipe.d_sae): d for d in differences(two_sizes(), COLUMNS)}
     for d_sae in (512, 128):
         for name, shift in (("masked 0.25", -0.1), ("masked 0.5", -0.3)):
             difference = found[name, d_sae]
@@ -239,43 +237,18 @@ def test_masked_recipes_are_also_compared_with_noise_of_matched_strength():
     others = [recipe("gaussian 0.2 (matched 0.25)"), replace(noise, d_sae=128), replace(noise, k=12)]
     rows = [row for other in others for row in results(other, [5.0, 6.0])]
     rows += results(recipe(), [1.0, 2.0]) + results(recipe("masked 0.5"), [3.0, 4.5]) + results(noise, [2.0, 3.0])
-    found = [d for d in differences(rows, ["score"]) if d.recipe.is_masked]
+    found = [d for d in differences(rows, COLUMNS) if d.recipe.is_masked]
     assert [(d.baseline, d.mean) for d in found] == [(recipe(), 2.25), (noise, 1.25)]
 
 
-@pytest.mark.parametrize(("l0", "is_matched"), [(6.1, True), (6.3, False), (5.7, False)])
-def test_an_l0_that_is_not_matched_is_noticed(l0, is_matched):
-    rows = [Result(run="", recipe=recipe(), seed=0, values={"score": 1.0, "l0": 6.0})]
-    rows += [Result(run="", recipe=recipe("masked 0.5"), seed=0, values={"score": 2.0, "l0": l0})]
-    (found,) = differences(rows, ["score"])
-    assert found.l0_change == pytest.approx(l0 / 6 - 1)
-    assert found.l0_is_matched == is_matched
-    (unknown,) = differences(results(recipe(), [1.0]) + results(recipe("masked 0.5"), [2.0]), ["score"])
-    assert unknown.l0_is_matched
+def test_a_power_note_says_what_the_seeds_can_see_and_what_it_would_take():
+    rows, columns = two_arms(4)
+    (note,) = compare(rows, columns).power_notes.values()
+    assert note.startswith("4 pairs of seeds, 1 of 4 differences seen; with 80% power at 0.05 over 4 comparisons")
+    weak = next(d for d in differences(rows, columns) if d.column == "c0")
+    assert f"{weak.seeds_needed:,} seeds" in note
 
 
-def test_one_untrained_sae_may_stand_for_several_architectures():
-    rows = results(recipe(), [0.8]) + results(recipe(RANDOM, kind=RANDOM, arch="topk, batchtopk"), [0.9])
-    assert "untrained batchtopk" in unreliable(rows, COLUMNS)["score"]
-    rows = results(recipe(), [0.8]) + results(recipe(RANDOM, kind=RANDOM, arch="topk, matryoshka"), [0.9])
-    assert unreliable(rows, COLUMNS) == {}
-
-
-def test_the_verdict_names_noise_families_sizes_faults_and_an_l0_that_is_not_matched():
-    noise = recipe("gaussian 0.45 (matched 0.5)")
-    columns = [f"full_absorption_{family}" for family in ("cross_token", "same_token", "two_token")]
-    rows = []
-    for of, shift in ((recipe(), 0.0), (recipe("masked 0.5"), -0.3), (noise, -0.2)):
-        for seed in range(3):
-            values = dict.fromkeys(columns, 0.8 + shift + 0.1 * seed) | {"l0": 6.0 if of == recipe() else 6.6}
-            rows.append(Result(run="", recipe=of, seed=seed, values=values))
-    rows += [replace(row, recipe=replace(row.recipe, d_sae=128)) for row in rows if row.recipe != noise]
-    text = wording.sentence(differences(rows, columns), {columns[0]: "a control wins"})
-    assert "of batchtopk 512 latents by −0.300" in text
-    assert "of batchtopk 128 latents by −0.300" in text
-    assert "L0 not matched, +10 %" in text
-    assert "Noise of matched strength ('gaussian 0.45 (matched 0.5)') changed it of batchtopk by −0.200" in text
-    assert "'masked 0.5' minus noise: batchtopk −0.100 (95 % interval" in text
-    assert "ame-token absorption: batchtopk 512 latents −0.300 (lower)" in text
-    assert "two-token absorption: " in text
-    assert text.endswith("Cross-token absorption is unreliable alone here: a control wins.")
+def test_summaries_have_the_columns_that_every_seed_has():
+    rows = [*results(recipe(), [1.0]), Result(run="", recipe=recipe(), seed=1, values={"score": 2.0, "other": 1.0})]
+    assert summaries(rows)[recipe()].keys() == {"score"}

@@ -1,5 +1,7 @@
 """core: L0 matching, explained variance and splicing, against their definitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,14 @@ from evaluate_fixtures import D_MODEL, planted_language, planted_rows, planted_s
 
 from cache_spec import HookPoint
 from evaluate.controls import subject_of_sae as matched_subject
-from evaluate.metrics.core import core
+from evaluate.metrics.core import COLUMNS, DENSITY_EDGES, core
+from evaluate.oracle import fit_oracle
 from evaluate.rows import Rows
 from evaluate.splicing import Splice, model_rows
 from evaluate.subject import Bench, Learned, Subject, chunks, matched_threshold
 from harvest import embedded
 from harvest.model import load_model
-from train.activations import JumpReLU, TopK
+from train.activations import JumpReLU, Threshold, TopK
 from train.sae import SparseAutoencoder
 
 
@@ -114,6 +117,53 @@ def test_numbers_follow_their_definitions_on_all_rows_at_once():
     assert values["explained_variance_unreplaced"] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_masked_and_shifted_rows_get_the_numbers_that_they_would_get_as_clean_rows():
+    data, sae = bench(), random_sae()
+    other = planted_rows(2000, 13, noise=0.3)
+    data = replace(data, shifted=Rows(x=other.x))
+    values = core(Subject(name="", dictionary=Learned(sae=sae), raw=Learned(sae=sae), bench=data, held_out=data.clean))
+    for where, rows in (("masked", data.masked), ("shifted", data.shifted)):
+        assert rows is not None
+        alone = Bench(calibration=data.calibration, clean=rows)
+        as_clean = core(Subject(name="", dictionary=Learned(sae=sae), raw=Learned(sae=sae), bench=alone, held_out=rows))
+        for name in ("l0", "mse", "explained_variance", "cossim"):
+            assert values[f"{name}_{where}"] == as_clean[name]
+
+
+def test_the_oracle_is_not_asked_for_rows_without_labels():
+    language = planted_language(500)
+    data = replace(bench(600), language=language, shifted=Rows(x=language.shifted.x))
+    oracle = fit_oracle(language.even)
+    values = core(Subject(name="", dictionary=oracle, raw=oracle, bench=data, held_out=language.test))
+    assert "explained_variance" in values
+    assert not [name for name in values if name.endswith(("_masked", "_shifted", "_unreplaced"))]
+
+
+def test_firing_rates_are_counted_in_bins_of_a_quarter_of_a_decade():
+    """Of 2,000 tokens, two latents fire on none, one on a single one, one on a tenth, one on more and one on all."""
+    n = 2000
+    x = torch.zeros(n, 6)
+    for latent, n_on in enumerate((0, 0, 1, 200, 300, n)):
+        x[:n_on, latent] = 1.0
+    sae = SparseAutoencoder(6, 6, Threshold())
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(6))
+        sae.W_dec.copy_(torch.eye(6))
+        sae.threshold = torch.tensor(0.5)
+    rows = Rows(x=x)
+    data = Bench(calibration=rows, clean=rows)
+    values = core(Subject(name="", dictionary=Learned(sae=sae), raw=Learned(sae=sae), bench=data, held_out=rows))
+    histogram = values["density_histogram"]
+    assert isinstance(histogram, list)
+    assert len(histogram) == len(DENSITY_EDGES) - 1 == 20
+    expected = dict.fromkeys(range(20), 0.0)
+    for rate in (1 / n, 0.1, 0.15, 1.0):
+        expected[min(int((np.log10(rate) + 5) / 0.25), 19)] += 1
+    assert histogram == list(expected.values())
+    assert values["dead_latents"] == 2.0
+    assert values["dense_latents"] == 2.0  # a tenth is not more than a tenth
+
+
 def test_a_constant_offset_does_not_count_as_explained():
     """The mistake of SAEBench 0.6.0: a denominator about 0 instead of the mean."""
     data = bench()
@@ -187,8 +237,11 @@ class Exact:
 
 def test_scores_are_one_for_a_perfect_reconstruction(splice):
     exact = Exact(splice.rows.x.shape[1])
-    data = Bench(calibration=splice.rows, clean=splice.rows, splice=splice)
+    data = Bench(calibration=splice.rows, clean=splice.rows, splice=splice, splice_shifted=splice)
     values = core(Subject(name="", dictionary=exact, raw=exact, bench=data, held_out=splice.rows))
     assert values["explained_variance"] == values["ce_loss_score"] == values["kl_div_score"] == 1.0
-    assert values["delta_ce"] == values["kl_div_with_sae"] == 0.0
-    assert values["ce_loss_with_ablation"] > values["ce_loss_with_sae"] == values["ce_loss_without_sae"]
+    assert values["delta_ce"] == values["kl_div_with_sae"] == values["delta_ce_shifted"] == 0.0
+    assert values["ce_loss_score_shifted"] == 1.0
+    assert set(values) <= set(COLUMNS)
+    assert values["ce_loss_with_sae"] == values["ce_loss_without_sae"] == splice.clean_loss
+    assert values["ce_loss_with_ablation"] == splice.ablated[0] > splice.clean_loss
