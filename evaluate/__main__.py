@@ -39,7 +39,8 @@ def evaluate(
         bool, typer.Option(help="Also probe on the out-of-distribution sets of the installed sae-probes package.")
     ] = False,
     shifted_text: Annotated[
-        Path | None, typer.Option(help="Text of another distribution, to reconstruct: a text file.")
+        Path | None,
+        typer.Option(help="Text of another distribution, to reconstruct: a txt, jsonl or csv file or a folder."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where SAEs and model run: cpu, cuda, cuda:1, mps.")] = "cpu",
     out: Annotated[

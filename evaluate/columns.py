@@ -16,6 +16,9 @@ class Column:
     oracle_is_best: the perfect dictionary bounds it, so a trained SAE that beats it shows a fault of the metric.
     random_is_worst: an untrained SAE should not beat a trained one.
     reliable: False for a number that is known not to rank SAEs, shipped for what it describes; `meaning` says why.
+    parts, counted: a mean over parts of which each SAE has its own, such as the parents that it represents. Pairs of
+    seeds are compared over the parts that both have: the numbers `parts@name` where `counted@name` is 1 in both, if
+    these are half of all.
     short: heading in the page's table and the paired comparison; a column without one is in report.json only.
     terminal: also in the table that the command prints.
     """
@@ -27,6 +30,8 @@ class Column:
     oracle_is_best: bool = False
     random_is_worst: bool = True
     reliable: bool = True
+    parts: str = ""
+    counted: str = ""
     short: str = ""
     terminal: bool = False
 

@@ -43,6 +43,8 @@ def run(
     check_folder(out)
     if folder is None and not saes:
         raise UserError("there is nothing to measure; give the folder of runs, or SAEs with --sae")
+    if hook and not saes:
+        raise UserError("--hook is for --sae; runs say their own hook point, so leave it out")
     complete, left_out = find_runs(folder) if folder else ([], {})
     asked = Asked(metrics=chosen, device=device, seed=seed, out=out, sources=sources or TextSources(), fresh=fresh)
     measured = measure(complete, asked, cache=cache, saes=saes, hook=hook, left_out=left_out)

@@ -44,15 +44,19 @@ _WITHOUT = {  # what is missing -> what to train
 def unreliable(results: Sequence[Result], columns: Mapping[str, Column]) -> dict[str, str]:
     """Columns that rank a control wrongly, and how: column -> sentence.
 
-    A column is unreliable here if a random SAE of matched L0 or one with permuted decoder rows beats the plainly
-    trained ones it belongs to, or if a trained SAE beats the oracle, by more than two standard errors of the trained
-    mean (of any amount for a single seed). Controls are compared on the seeds that both have, in columns that all seeds
-    of both have.
+    A column is unreliable here if a random SAE of matched L0 beats the plainly trained ones it belongs to, or if a
+    trained SAE beats the oracle, by more than two standard errors of the trained mean (of any amount for a single
+    seed). Controls are compared on the seeds that both have, in columns that all seeds of both have.
     """
+    return _faults(results, columns, (ORACLE, MATCHED))
+
+
+def _faults(results: Sequence[Result], columns: Mapping[str, Column], kinds: Sequence[str]) -> dict[str, str]:
+    """Columns in which controls of these kinds are ranked wrongly."""
     groups, found = by_recipe(results), {}
     for recipe, group in groups.items():
         for control, others in groups.items():
-            if recipe.kind != TRAINED or control.bench != recipe.bench:
+            if recipe.kind != TRAINED or control.kind not in kinds or control.bench != recipe.bench:
                 continue
             for name in set.intersection(*(set(result.values) for result in (*group, *others))):
                 column = column_of(columns, name)
@@ -67,24 +71,21 @@ def _fault(name: str, column: Column, group: Sequence[Result], others: Sequence[
     error = estimate([result.values.get(name, math.nan) for result in group]).error
     margin = TIE + (0.0 if math.isnan(error) else 2 * error)
     sign = 1.0 if column.better == "higher" else -1.0
-    if control.kind == ORACLE and column.oracle_is_best:
+    if control.kind == ORACLE:
         trained = estimate([result.values.get(name, math.nan) for result in group]).mean
-        if sign * (trained - others[0].values[name]) > margin:
+        if column.oracle_is_best and sign * (trained - others[0].values[name]) > margin:
             return f"{recipe.arch} {recipe.name} scores better than the oracle, which knows the answers"
-    if not (control.kind in (MATCHED, PERMUTED) and recipe.is_plain and column.random_is_worst):
         return ""
     same_size = (control.k, control.settings, control.d_sae) == (recipe.k, recipe.settings, recipe.d_sae)
     pairs = paired_values(group, others, name)
-    if not (same_size and recipe.arch in control.arch.split(", ") and len(pairs)):
+    if not (recipe.is_plain and same_size and recipe.arch in control.arch.split(", ") and len(pairs)):
         return ""
-    if sign * float((pairs[:, 1] - pairs[:, 0]).mean()) <= margin:
+    if not column.random_is_worst or sign * float((pairs[:, 1] - pairs[:, 0]).mean()) <= margin:
         return ""
-    if control.kind == PERMUTED:
-        return f"a {recipe.arch} SAE with its decoder rows shuffled scores better, so it does not read the decoder"
     return f"a random {recipe.arch} SAE of equal L0 scores better than a trained one, so one that finds nothing wins"
 
 
-def cautions(results: Sequence[Result]) -> list[str]:
+def cautions(results: Sequence[Result], columns: Mapping[str, Column]) -> list[str]:
     """Sentences on what the numbers cannot show, each computed from the numbers."""
     groups = {recipe: group for recipe, group in by_recipe(results).items() if recipe.kind == TRAINED}
     tables = summaries([result for group in groups.values() for result in group])
@@ -96,7 +97,18 @@ def cautions(results: Sequence[Result]) -> list[str]:
         *_shrunken_drops(pairs, groups),
         *_fewer_live(pairs, tables),
         *_raw_l0(pairs, tables),
+        *_shuffled(results, columns),
     ]
+
+
+def _shuffled(results: Sequence[Result], columns: Mapping[str, Column]) -> Iterator[str]:
+    """Columns in which a trained SAE is beaten by itself with the rows of its decoder shuffled."""
+    if found := _faults(results, columns, (PERMUTED,)):
+        names = sorted(column_of(columns, name).short or name for name in found)
+        yield (
+            f"an SAE with its decoder rows shuffled does better in {', '.join(names)}: what the shuffle breaks counts "
+            "as not absorbed, so these say something only of SAEs that reconstruct well"
+        )
 
 
 def _named(recipe: Recipe) -> str:

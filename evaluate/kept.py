@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +13,41 @@ import torch
 from cache_spec.files import canonical_json, readable_json, write_file
 
 ROOT = Path(__file__).parent.parent
-_CODE = (  # what the numbers are computed with, beside libraries
-    "evaluate",
-    "harvest/embedded",
-    "train/sae.py",
-    "train/saelens.py",
-    "train/activations.py",
-    "train/calibration.py",
-)
+ALL = ("cache_spec", "harvest", "train", "evaluate")
+LIBRARIES = ("numpy", "scipy", "tokenizers", "torch", "transformers")
+_SHOWN = {  # of evaluate: what compares and shows numbers that are there
+    f"evaluate/{name}.py"
+    for name in (
+        *("__main__", "command", "compare", "compared", "curves", "figures", "frontier", "guards", "histograms"),
+        *("page", "scale", "series", "statistics", "verdicts", "wording"),
+    )
+}
 
 
 @cache
-def code_hash() -> str:
-    """SHA-256 of the source that measures."""
+def code_hash(packages: Sequence[str] = ALL) -> str:
+    """SHA-256 of the source in packages that decides numbers."""
     found = hashlib.sha256()
-    for place in _CODE:
-        path = ROOT / place
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
-            found.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    for package in packages:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            name = file.relative_to(ROOT).as_posix()
+            if name not in _SHOWN:
+                found.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
     return found.hexdigest()
 
 
 def fingerprint(facts: Mapping[str, Any], *, device: str, metrics: Sequence[str], seed: int) -> str:
     """SHA-256 of everything that decides the numbers of a case.
 
-    Beside the facts of case and bench: which metrics, the seed, the code, and torch's version, device and threads,
-    which round differently.
+    Beside the facts of case and bench: which metrics, the seed, the code, and libraries, device and threads, which
+    round differently.
     """
     whole = {
         "facts": facts,
         "metrics": list(metrics),
         "seed": seed,
         "code": code_hash(),
-        "torch": torch.__version__,
+        "libraries": {name: version(name) for name in LIBRARIES},
         "device": torch.device(device).type,
         "n_threads": torch.get_num_threads(),
     }

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class TextTask:
     """One task: texts with a class each, in two or three parts.
 
     texts: "train", "test" and, if there are any, "ood" -> texts. labels: part -> [n] numbers of `classes`. left_out:
-    classes that are not probed, and why. origin: as in ProbeData.
+    classes that are not probed, and why. origin: as in ProbeData. copies: what copies are -> how many are left out.
     """
 
     name: str
@@ -35,12 +35,14 @@ class TextTask:
     labels: Mapping[str, np.ndarray]
     left_out: Mapping[str, str]
     origin: str = "local"
+    copies: Mapping[str, int] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """A sentence for each class that is not probed."""
-        return [
+        """A sentence for each class that is not probed, and one on the texts that are left out."""
+        classes = [
             f"the class '{label}' of the task {self.name} is left out: it {why}" for label, why in self.left_out.items()
         ]
+        return classes + ([f"the task {self.name} is {_without(self.copies)}"] if self.copies else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +89,17 @@ def task_of(name: str, examples: list[Example], where: str, origin: str = "local
             raise UserError(
                 f"{where} holds no text with the split '{part}'; a task needs train and test, and may have ood"
             )
+    all_labels = {example.label for example in examples}
+    examples, copies = _distinct(examples)
     counts = {part: Counter(example.label for example in examples if example.part == part) for part in PARTS}
-    labels = sorted({example.label for example in examples}, key=_numbers_first)
+    labels = sorted(all_labels, key=_numbers_first)
     if len(labels) == 1:
         raise UserError(f"{where} holds one class only ('{labels[0]}'); a probe tells two or more apart")
     left_out = {label: why for label in labels if (why := _unusable(counts, label))}
     classes = [label for label in labels if label not in left_out]
     if len(classes) < 2:
         reasons = "; ".join(f"'{label}' {why}" for label, why in left_out.items())
+        reasons += f"; it is {_without(copies)}" if copies else ""
         raise UserError(f"{where} leaves fewer than two classes to tell apart ({reasons}); give more texts of them")
     number = {label: i for i, label in enumerate(classes)}
     kept = {part: [e for e in examples if e.part == part and e.label in number] for part in PARTS}
@@ -107,7 +112,33 @@ def task_of(name: str, examples: list[Example], where: str, origin: str = "local
         },
         left_out=left_out,
         origin=origin,
+        copies=copies,
     )
+
+
+def _distinct(examples: list[Example]) -> tuple[list[Example], dict[str, int]]:
+    """Examples without those that a probe could know by heart, and how many of each sort are left out."""
+    trained: dict[str, set[str]] = {}
+    for example in examples:
+        if example.part == "train":
+            trained.setdefault(example.text, set()).add(example.label)
+    disputed = {text for text, labels in trained.items() if len(labels) > 1}
+    kept, copies, seen = [], Counter(), set()
+    for example in examples:
+        is_train = example.part == "train"
+        if is_train and example.text in disputed:
+            copies["train (the same text has two labels)"] += 1
+        elif example.text in (seen if is_train else trained) and example.text not in disputed:
+            copies[f"{example.part} (train has the same text)"] += 1
+        else:
+            kept.append(example)
+        if is_train:
+            seen.add(example.text)
+    return kept, dict(copies)
+
+
+def _without(copies: Mapping[str, int]) -> str:
+    return "without " + ", ".join(f"{n} of {which}" for which, n in copies.items())
 
 
 def _unusable(counts: Mapping[str, Counter], label: str) -> str:

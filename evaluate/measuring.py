@@ -20,7 +20,7 @@ from evaluate.names import Metric
 from evaluate.pretrained import Pretrained, find_pretrained, hook_of, pretrained_case
 from evaluate.recipes import PRETRAINED, TRAINED, Measured
 from evaluate.report import case_report, measurement, result_of
-from evaluate.runs import Run, RunsIncomplete, open_caches, reasons
+from evaluate.runs import Run, RunsIncomplete, open_caches, reasons, without_twins
 from evaluate.store import Store
 from evaluate.subject import Bench
 from evaluate.text_sources import TextSources
@@ -75,8 +75,10 @@ def measure(
     Runs of one cache and hook point share one bench. Each case's report is written as soon as it is measured. What
     cannot be measured is in `left_out`, beside what was left out before; raises RunsIncomplete if that is everything.
     """
-    measured = Measured(left_out=dict(left_out or {}), order_varies=_order_varies(runs))
-    groups = _groups(runs, cache, saes, hook, measured.left_out)
+    why_left_out = dict(left_out or {})
+    groups = _groups(runs, cache, saes, hook, why_left_out)
+    order_varies = _order_varies([run for group in groups for run in group.runs])
+    measured = Measured(left_out=why_left_out, order_varies=order_varies)
     if not groups:
         raise RunsIncomplete(f"nothing can be measured; {reasons(measured.left_out)}")
     several = len({group.cache.plan.cache_id for group in groups}) > 1
@@ -103,19 +105,19 @@ def _groups(
     def group_of(opened: ActivationCache, plan: HookPlan) -> _Group:
         return groups.setdefault((opened.plan.cache_id, plan.name), _Group(cache=opened, hook=plan))
 
+    hashes = {}
     for run in runs:
         if run.cache_id not in caches:
             continue
-        opened = caches[run.cache_id]
         try:
-            plan = opened.hook(run.hook)
-            hashes = check_run(run, plan)
+            hashes[run.path] = check_run(run, caches[run.cache_id].hook(run.hook))
         except UserError as error:
             left_out[run.path.name] = str(error)
-            continue
-        group = group_of(opened, plan)
+    for run in without_twins((run for run in runs if run.path in hashes), left_out):
+        opened = caches[run.cache_id]
+        group = group_of(opened, opened.hook(run.hook))
         group.runs.append(run)
-        group.hashes[run.path] = hashes
+        group.hashes[run.path] = hashes[run.path]
     for text in saes:
         try:
             opened = _cache_for_saes(caches, cache)

@@ -1,7 +1,7 @@
 """report.html: one self-contained page, drawn by a template without scripts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def render(measured: Measured, comparison: Comparison, columns: Mapping[str, Col
         rows=wording.verdict_rows(comparison, columns),
         who=wording.WHO,
         facts=compared.facts(measured),
+        pooled=_pooled(comparison, columns, look),
         verdicts=verdicts.verdict_table(comparison, columns, look),
         against_noise=verdicts.verdict_table(comparison, columns, look, against_noise=True),
         signs=verdicts.SIGNS,
@@ -76,6 +77,19 @@ def render(measured: Measured, comparison: Comparison, columns: Mapping[str, Col
         n_shapes=N_SHAPES,
         **_pictures(measured, comparison, columns, look),
     )
+
+
+def _pooled(
+    comparison: Comparison, columns: Mapping[str, Column], look: Mapping[Recipe, Look]
+) -> verdicts.VerdictTable | None:
+    """The verdict table of differences averaged over architectures and k; each recipe looks as in one of them."""
+
+    def facts(recipe: Recipe) -> tuple[str, str, int, str]:
+        return recipe.bench, recipe.name, recipe.d_sae, recipe.settings
+
+    by_facts = {facts(recipe): looks_of for recipe, looks_of in look.items()}
+    looks_of = {d.recipe: by_facts[facts(d.recipe)] for d in comparison.pooled}
+    return verdicts.verdict_table(replace(comparison, differences=comparison.pooled), columns, looks_of)
 
 
 def _pictures(

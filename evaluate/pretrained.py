@@ -1,6 +1,7 @@
 """SAEs of others: a folder or hub repository in the format of SAELens 6, read as far as it is computed exactly."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _PLAIN = {  # what SAELens can do beside, and the only value that is computed he
     "finetuning_scaling_factor": False,
 }
 FOLD = "fold it into the weights in SAELens (sae.fold_activation_norm_scaling_factor) and save it again"
+AGAIN = "save it again with SAELens 6"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +56,7 @@ class Pretrained:
     @property
     def hook_name(self) -> str:
         """Where its cfg.json says that it reads; empty if it does not say."""
-        return str(self.cfg.get("metadata", {}).get("hook_name") or self.cfg.get("hook_name") or "")
+        return str(_metadata(self.cfg).get("hook_name") or self.cfg.get("hook_name") or "")
 
 
 def find_pretrained(text: str) -> Pretrained:
@@ -68,13 +70,30 @@ def find_pretrained(text: str) -> Pretrained:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"--sae {text} cannot be read ({error}); download or save it again") from error
     try:
+        _check_cfg(cfg)
         return Pretrained(name=text, folder=folder, sae=read_sae(cfg, tensors), cfg=cfg)
     except UserError as error:
         raise UserError(f"--sae {text}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"--sae {text}: {CFG} and {WEIGHTS} do not fit together ({error}); save it again with SAELens 6"
-        ) from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--sae {text}: {CFG} and {WEIGHTS} do not fit together ({error}); {AGAIN}") from error
+
+
+def _check_cfg(cfg: Any) -> None:
+    """Raises UserError for what is read of a cfg.json, if it is there, and is no such thing."""
+    if not isinstance(cfg, dict):
+        raise UserError(f"its {CFG} is not a JSON object; {AGAIN}")
+    if not isinstance(_metadata(cfg), dict):
+        raise UserError(f"its metadata is {json.dumps(cfg['metadata'])[:40]}, not a JSON object; {AGAIN}")
+    for name in ("d_in", "d_sae"):
+        if name in cfg and (type(cfg[name]) is not int or cfg[name] < 1):
+            raise UserError(f"its {name} is {json.dumps(cfg[name])[:40]}, not a whole number above 0; {AGAIN}")
+    k, d_sae = cfg.get("k"), cfg.get("d_sae", math.inf)
+    if k is not None and not (type(k) in (int, float) and 0 <= k <= d_sae and k < math.inf):
+        raise UserError(f"its k is {json.dumps(k)[:40]}, not a number from 0 to its d_sae, {d_sae}; {AGAIN}")
+
+
+def _metadata(cfg: Mapping[str, Any]) -> Any:
+    return cfg.get("metadata") or {}
 
 
 def _download(text: str) -> Path:
@@ -142,7 +161,7 @@ def _normalised(tensors: dict[str, Tensor], cfg: Mapping[str, Any]) -> dict[str,
     if how == "none":
         return tensors
     factor = cfg.get("norm_scaling_factor")
-    if how != "expected_average_only_in" or not isinstance(factor, int | float) or not factor > 0:
+    if how != "expected_average_only_in" or not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise UserError(f"its activations are normalised ({how}) by a factor that the folder does not hold; {FOLD}")
     return tensors | {
         "W_enc": tensors["W_enc"] * factor,
@@ -177,7 +196,7 @@ def hook_of(pretrained: Pretrained, cache: ActivationCache, given: str) -> HookP
 def pretrained_case(pretrained: Pretrained, place: Place, out: Path) -> Case:
     """A case of its own: measured at its own threshold, and paired with nothing."""
     sae, cfg = pretrained.sae, pretrained.cfg
-    trained_as = cfg.get("metadata", {}).get("training_architecture") or cfg.get("architecture", "standard")
+    trained_as = _metadata(cfg).get("training_architecture") or cfg.get("architecture", "standard")
     recipe = Recipe(
         bench=place.name,
         arch=str(trained_as),

@@ -49,8 +49,16 @@ class TaskScores:
 
 @lru_cache(maxsize=1)  # probing and ood ask for the same subject one after the other
 def probe_scores(subject: Subject) -> tuple[TaskScores, ...]:
-    """Fit and read all probes of every task on the rows that the subject's seed draws."""
-    return tuple(_task_scores(subject, dense) for dense in subject.bench.dense.of(subject.seed))
+    """Fit and read all probes of every task on the rows that the subject's seed draws.
+
+    The oracle reads labels, which the user's own text has not: it gets the tasks of the labelled text alone.
+    """
+    reads_labels = subject.held_out is not subject.bench.clean
+    return tuple(
+        _task_scores(subject, dense)
+        for dense in subject.bench.dense.of(subject.seed)
+        if not reads_labels or dense.task.test.source.features is not None
+    )
 
 
 def _task_scores(subject: Subject, dense: DenseTask) -> TaskScores:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluate.columns import Column
 from evaluate.example import Example
 from evaluate.statistics import Estimate, estimate
 
@@ -129,14 +130,35 @@ def summaries(results: Iterable[Result]) -> dict[Recipe, dict[str, Estimate]]:
     return tables
 
 
-def paired_values(group: Iterable[Result], baseline: Iterable[Result], column: str) -> np.ndarray:
+def paired_values(
+    group: Iterable[Result], baseline: Iterable[Result], name: str, column: Column | None = None
+) -> np.ndarray:
     """A column's values of equal seeds, [n_pairs, 2], where both have a number."""
-    other = {result.seed: result.values for result in baseline}
-    nan = float("nan")
-    pairs = [
-        (result.values.get(column, nan), other[result.seed].get(column, nan))
-        for result in group
-        if result.seed in other
-    ]
-    values = np.asarray(pairs, dtype=float).reshape(-1, 2)
+    values = np.array([*values_of_seeds(group, baseline, name, column).values()], dtype=float).reshape(-1, 2)
     return values[np.isfinite(values).all(axis=1)]
+
+
+def values_of_seeds(
+    group: Iterable[Result], baseline: Iterable[Result], name: str, column: Column | None = None
+) -> dict[int, tuple[float, float]]:
+    """Seed that both have -> its two values, NaN where there is no number.
+
+    Where `column` has parts, both are means over the parts that count in both.
+    """
+    other = {result.seed: result.values for result in baseline}
+    both = {result.seed: (result.values, other[result.seed]) for result in group if result.seed in other}
+    if column is not None and column.parts:
+        return {seed: _over_common_parts(one, another, column) for seed, (one, another) in both.items()}
+    nan = float("nan")
+    return {seed: (one.get(name, nan), another.get(name, nan)) for seed, (one, another) in both.items()}
+
+
+def _over_common_parts(one: Mapping[str, float], other: Mapping[str, float], column: Column) -> tuple[float, float]:
+    """Means over the parts that count in both dictionaries; NaN if these are fewer than half of all."""
+    start, counted = f"{column.parts}@", f"{column.counted}@"
+    parts = [name for name in one if name.startswith(start) and name in other]
+    flags = {name: name.replace(start, counted) for name in parts}
+    common = [name for name in parts if one.get(flags[name]) == other.get(flags[name]) == 1]
+    if not parts or 2 * len(common) < len(parts):
+        return float("nan"), float("nan")
+    return float(np.mean([one[name] for name in common])), float(np.mean([other[name] for name in common]))

@@ -131,6 +131,7 @@ def overall_report(
             for (recipe, baseline), note in comparison.power_notes.items()
         ],
         "differences": [_difference(difference) for difference in comparison.differences],
+        "pooled": [_difference(difference) for difference in comparison.pooled],
         "runs": [
             {
                 **_recipe(result.recipe),
@@ -188,6 +189,8 @@ def _difference(difference: Difference) -> dict[str, Any]:
         "standard_error": _number(difference.error),
         "interval_95": [_number(difference.low), _number(difference.high)],
         "n_pairs": difference.n,
+        "n_seeds": difference.n_seeds,
+        "n_pooled": difference.n_pooled,
         "p": _number(difference.p),
         "p_holm": _number(difference.p_holm),
         "n_family": difference.n_family,

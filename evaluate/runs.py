@@ -1,6 +1,7 @@
 """Runs: the trained SAEs under a folder, and the cache each was trained on."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,19 @@ from train.run_folder import COMPLETE, FACTS, FAILED, failure_of
 
 UNFINISHED = "not finished; run the same python -m train with --resume"
 TRANSCODER = "a transcoder, and the metrics compare an SAE with its own input"
-_SETTINGS = (
-    *(("config", name) for name in ("penalties", "lr", "resample_every", "decoder", "clip_norm", "calibrate")),
-    *(("data", name) for name in ("n_tokens", "batch_size")),
+_SAID = {  # fields that the recipe's label or another column says, or that make no other recipe
+    "config": {
+        *("name", "arch", "d_sae", "k", "seed", "masked_fraction", "masked_schedule", "consistency"),
+        *("corrupt", "matched_fraction", "skip"),
+    },
+    "data": {"hook", "target_hook", "seed", "open_shards", "masked_variant", "positions", "target"},
+}
+_LENGTH = (("data", "n_tokens"), ("data", "batch_size"))
+_SCHEDULE = (  # follows from the length of the training, unless it was given
+    *("warmup_steps", "decay_start", "sparsity_warmup_steps", "anneal_start"),
+    *("threshold_start", "threshold_beta", "dead_tokens"),
 )
+AGAIN = "train the run again, or move its folder away"
 
 
 class RunsIncomplete(UserError):
@@ -75,12 +85,12 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
             left_out[file.parent.name] = str(error)
     if not complete:
         raise RunsIncomplete(f"none of the {len(left_out)} runs in {folder} can be measured; {reasons(left_out)}")
-    varying = [key for key in _SETTINGS if len({_setting(facts, key) for _, facts in complete}) > 1]
+    varying = _varying([facts for _, facts in complete])
     runs = [
         replace(run, settings=", ".join(filter(None, (_setting(facts, key) for key in varying))))
         for run, facts in complete
     ]
-    return _without_twins(_with_small(runs), left_out), left_out
+    return _with_small(runs), left_out
 
 
 def _with_small(runs: Sequence[Run]) -> list[Run]:
@@ -92,8 +102,11 @@ def _with_small(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, control=SMALL) if run.is_plain and run.d_sae < largest[run.kind] else run for run in runs]
 
 
-def _without_twins(runs: Iterable[Run], left_out: dict[str, str]) -> list[Run]:
-    """The runs whose recipe and seed no earlier one has: a copy would pass for a second seed."""
+def without_twins(runs: Iterable[Run], left_out: dict[str, str]) -> list[Run]:
+    """The runs whose recipe and seed no earlier one has: a copy would pass for a second seed.
+
+    Give those that can be read, or a damaged copy puts the good run out.
+    """
     first: dict[tuple, Run] = {}
     for run in runs:
         twin = first.setdefault((*run.kind, run.recipe, run.d_sae, run.seed), run)
@@ -123,6 +136,22 @@ def reasons(left_out: dict[str, str]) -> str:
     return "; ".join(f"{', '.join(those)}: {why}" for why, those in names.items())
 
 
+def _varying(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The parts and names of what differs between runs, of all that decides what was trained."""
+    keys = dict.fromkeys(
+        (part, name) for part in _SAID for facts in runs for name in facts.get(part, {}) if name not in _SAID[part]
+    )
+    varying = []
+    for key in keys:
+        found: dict[tuple[str, ...], set[str]] = {}
+        for facts in runs:
+            alike = tuple(_setting(facts, other) for other in _LENGTH) if key[1] in _SCHEDULE else ()
+            found.setdefault(alike, set()).add(_setting(facts, key))
+        if any(len(values) > 1 for values in found.values()):
+            varying.append(key)
+    return varying
+
+
 def _setting(facts: dict[str, Any], key: tuple[str, str]) -> str:
     """One fact of a run in words: "lr 0.001", or for penalties "l1=0.02"; empty if there is none."""
     value = facts.get(key[0], {}).get(key[1])
@@ -135,11 +164,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{FACTS} is not JSON ({error}); train the run again, or move its folder away") from error
+        raise UserError(f"{FACTS} is not JSON ({error}); {AGAIN}") from error
     except OSError as error:
         raise UserError(f"{FACTS} cannot be read ({error.strerror}); see to that, or move its folder away") from error
     if not isinstance(facts, dict):
-        raise UserError(f"{FACTS} is not a JSON object; train the run again, or move its folder away")
+        raise UserError(f"{FACTS} is not a JSON object; {AGAIN}")
     return facts
 
 
@@ -148,6 +177,7 @@ def _run(file: Path, facts: dict[str, Any]) -> Run:
         config, data, cache = facts["config"], facts.get("data", {}), facts["cache"]
         positions, variant = data.get("positions", "all"), str(data.get("masked_variant", "masked"))
         recipe = str(facts["recipe"])
+        d_sae = _whole("d_sae", config["d_sae"], least=1)
         if config["masked_fraction"] and positions != "all":
             recipe += f", {positions}"
         return Run(
@@ -155,21 +185,35 @@ def _run(file: Path, facts: dict[str, Any]) -> Run:
             name=str(facts["name"]),
             recipe=recipe,
             arch=str(config["arch"]),
-            k=int(config["k"]),
-            d_sae=int(config["d_sae"]),
-            seed=int(config["seed"]),
+            k=_whole("k", config["k"], most=d_sae),
+            d_sae=d_sae,
+            seed=_whole("seed", config["seed"]),
             is_plain=not config["masked_fraction"] and not config["corrupt"],
             is_masked=bool(config["masked_fraction"]) and not config["corrupt"] and variant.startswith("masked"),
             control=_control(str(config["corrupt"]), variant if config["masked_fraction"] else ""),
             cache_path=str(cache["path"]),
             cache_id=str(cache["cache_id"]),
             hook=str(cache["hook"]),
-            norm_factor=float(facts["norm_factor"]),
-            data_seed=int(data.get("seed", 0)),
+            norm_factor=_positive("norm_factor", facts["norm_factor"]),
+            data_seed=_whole("seed", data.get("seed", 0)),
             init_b_dec=str(config.get("init_b_dec") or ""),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{FACTS} lacks or garbles {error}; train the run again, or move its folder away") from error
+        raise UserError(f"{FACTS} lacks or garbles {error}; {AGAIN}") from error
+
+
+def _whole(name: str, value: object, *, least: int = 0, most: int | None = None) -> int:
+    """A count or seed of run.json. Raises UserError for anything else."""
+    if type(value) is int and value >= least and (most is None or value <= most):
+        return value
+    wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
+    raise UserError(f"{FACTS} says {name} is {value!r}, and a whole number {wanted} is wanted; {AGAIN}")
+
+
+def _positive(name: str, value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise UserError(f"{FACTS} says {name} is {value!r}, and a finite number above 0 is wanted; {AGAIN}")
 
 
 def _control(corrupt: str, variant: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
 from cache_spec.seeds import derive_seed
+from evaluate.kept import code_hash
 from evaluate.labelled_text import TextTask
 from evaluate.probes import one_hot
 from evaluate.rows import Rows
@@ -75,6 +76,7 @@ def last_token_rows(
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
         "threads": torch.get_num_threads(),  # sums are rounded by their number
+        "code": code_hash(("harvest",)),
         "texts": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
     }
     made = store.get(purpose, facts, lambda: {"x": _last_rows(loaded, hook_point, texts)})

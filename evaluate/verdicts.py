@@ -5,7 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluate.columns import Column, column_of
-from evaluate.compare import HIGHER, LOWER, NONE_SEEN, NOT_MATCHED, ONE_SEED, Comparison, Difference
+from evaluate.compare import (
+    HIGHER,
+    LOWER,
+    NONE_SEEN,
+    NOT_ALL,
+    NOT_MATCHED,
+    ONE_SEED,
+    TWO_SEEDS,
+    Comparison,
+    Difference,
+)
 from evaluate.figures import reach_of
 from evaluate.recipes import Recipe
 from evaluate.scale import Scale
@@ -13,7 +23,7 @@ from evaluate.series import Look, panels
 from evaluate.statistics import MOST_SEEDS
 from evaluate.wording import DIRECTIONS, claim_columns, flag, number
 
-SIGNS = {LOWER: "▼", HIGHER: "▲", NONE_SEEN: "·", NOT_MATCHED: "≠", ONE_SEED: "1"}
+SIGNS = {LOWER: "▼", HIGHER: "▲", NONE_SEEN: "·", NOT_MATCHED: "≠", ONE_SEED: "1", TWO_SEEDS: "2", NOT_ALL: "?"}
 GOOD, BAD = "good", "bad"
 FEW_ROWS = 12  # a table of so many needs no overview
 

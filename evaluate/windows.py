@@ -11,6 +11,7 @@ from torch import Tensor
 from cache_spec import ActivationCache
 from cache_spec.hook_point import HookPoint
 from cache_spec.seeds import derive_seed
+from evaluate.kept import code_hash
 from evaluate.rows import Rows
 from evaluate.splicing import MAX_LOGIT_BYTES, Splice, model_rows
 from evaluate.store import Store
@@ -45,6 +46,7 @@ class Source:
             "dtype": str(self.loaded.dtype),
             "device": self.loaded.device.type,
             "threads": torch.get_num_threads(),  # sums are rounded by their number
+            "code": code_hash(("harvest",)),
             "tokens": _digest(tokens),
             "keep": _digest(keep),
         }

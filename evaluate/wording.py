@@ -4,7 +4,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from evaluate.columns import Column, column_of
-from evaluate.compare import CLAIM, HIGHER, LOWER, NOT_MATCHED, OTHER, Comparison, Difference
+from evaluate.compare import (
+    CLAIM,
+    HIGHER,
+    LOWER,
+    NOT_MATCHED,
+    OTHER,
+    POOLED_CLAIM,
+    POOLED_OTHER,
+    Comparison,
+    Difference,
+    visible,
+)
 from evaluate.recipes import DROPOUT, NOISE, TRAINED, Recipe
 from evaluate.scale import true_minus
 from evaluate.statistics import LEVEL, Estimate
@@ -17,6 +28,12 @@ _CLAIMS = (
     (("ood_gap_",), "narrowed", "widened", "the OOD gap"),
     (("explained_variance",), "lowered", "raised", "explained variance"),
 )
+_FAMILIES = {
+    CLAIM: "the columns of the claims, masked against unmasked training",
+    OTHER: "other columns and controls",
+    POOLED_CLAIM: "the columns of the claims, averaged over architectures and k",
+    POOLED_OTHER: "other columns and controls, averaged so",
+}
 WHO = ("masked", "noise", "masked minus noise")
 _FEW = 3  # comparisons that are listed one by one; more are counted
 MAX_ROWS = 40  # of the terminal's table
@@ -71,7 +88,8 @@ def seeds_of(differences: Iterable[Difference]) -> str:
 
 def sentence(comparison: Comparison, columns: Mapping[str, Column]) -> str:
     """The verdict on masking in one sentence: how many comparisons of each claim went which way."""
-    masked = [d for d in _claims(comparison, columns) if d.recipe.is_masked and d.baseline.is_plain]
+    whole = comparison.pooled or comparison.differences
+    masked = [d for d in whole if d.family in (CLAIM, POOLED_CLAIM)]
     if not masked:
         return (
             "Nothing here says what masking does: "
@@ -82,20 +100,23 @@ def sentence(comparison: Comparison, columns: Mapping[str, Column]) -> str:
         return "No verdict on masking: no masked run has the L0 of an unmasked one, so they cannot be compared."
     if not tested:
         return "No verdict on masking: masked and unmasked training share one seed, which says nothing about chance."
-    changed, unchanged = [], []
+    changed, unchanged, not_counted = [], [], []
     for starts, lower, higher, what in _CLAIMS:
-        found = [difference for difference in tested if difference.column.startswith(starts)]
+        those = [difference for difference in tested if difference.column.startswith(starts)]
+        found = [d for d in those if not flag(d.column, columns, comparison.unreliable)]
+        not_counted += [column_of(columns, d.column).short or d.column for d in those if d not in found]
         if clause := _clause(found, lower, higher, what, first=not changed):
             changed.append(clause)
         elif found:
-            unchanged.append((what, len(found)))
-    over = f"Over {seeds_of(tested)} at matched L0"
-    none_seen = joined([f"{what} (0 of {n})" for what, n in unchanged])
+            unchanged.append(f"{what} (0 of {len(found)}, blind below {_unseen(found)})")
+    over = f"Over {seeds_of(tested)} at matched L0" + ", averaged over architectures and k" * bool(comparison.pooled)
+    left = f"; unreliable here and not counted: {joined(list(dict.fromkeys(not_counted)))}" if not_counted else ""
+    none_seen = joined(unchanged)
     if changed:
         rest = f"; no difference seen in {none_seen}" if unchanged else ""
-        return f"{over}, masking {joined(changed)}{rest}."
+        return f"{over}, masking {joined(changed)}{rest}{left}."
     if unchanged:
-        return f"{over}, no difference is seen between masked and unmasked training in {none_seen}."
+        return f"{over}, no difference is seen between masked and unmasked training in {none_seen}{left}."
     return "No verdict on masking: nothing that the claims are about was measured."
 
 
@@ -110,8 +131,9 @@ def _clause(differences: Sequence[Difference], lower: str, higher: str, what: st
     return ""
 
 
-def _claims(comparison: Comparison, columns: Mapping[str, Column]) -> list[Difference]:
-    return [difference for difference in comparison.differences if column_of(columns, difference.column).claim]
+def _unseen(differences: Sequence[Difference]) -> str:
+    """The largest of the differences that the seeds might miss, in short."""
+    return f"{max(visible(difference) for difference in differences):.2g}"
 
 
 def claim_columns(differences: Sequence[Difference], columns: Mapping[str, Column]) -> list[str]:
@@ -128,8 +150,9 @@ def claim_columns(differences: Sequence[Difference], columns: Mapping[str, Colum
 def verdict_rows(comparison: Comparison, columns: Mapping[str, Column]) -> list[tuple[str, str, list[str]]]:
     """For each claim column its name, what is wrong with it here, and a text for each of WHO (empty without any)."""
     rows = []
-    for name in claim_columns(comparison.differences, columns):
-        found = [difference for difference in comparison.differences if difference.column == name]
+    whole = comparison.pooled or comparison.differences
+    for name in claim_columns(whole, columns):
+        found = [difference for difference in whole if difference.column == name]
         plain = [difference for difference in found if difference.baseline.is_plain]
         groups = (
             [difference for difference in plain if difference.recipe.is_masked],
@@ -211,15 +234,15 @@ def multiplicity(comparison: Comparison) -> list[str]:
     if comparison.differences and not any(difference.n_family for difference in comparison.differences):
         return ["Nothing was tested: no comparison at matched L0 has more than one seed."]
     lines = []
-    for family, who in ((CLAIM, "the columns that claims are about"), (OTHER, "the other columns")):
-        found = [difference for difference in comparison.differences if difference.family == family]
+    for family, who in _FAMILIES.items():
+        found = [d for d in (*comparison.differences, *comparison.pooled) if d.family == family]
         tested = [difference for difference in found if difference.n_family]
         if not tested:
             continue
         n_out = sum(difference.low > 0 or difference.high < 0 for difference in tested)
         n_holm = sum(difference.p_holm < LEVEL for difference in tested)
         lines.append(
-            f"{len(tested)} paired comparisons were tested in {who}; by chance alone about {len(tested) / 20:.0f} of "
+            f"{len(tested)} paired comparisons were tested in {who}; by chance alone about {len(tested) / 20:.1f} of "
             f"their 95 % intervals would exclude 0. Here {n_out} do{'es' * (n_out == 1)}, and "
             f"{n_holm} stay{'s' * (n_holm == 1)} significant after Holm's correction for their number."
         )

@@ -274,6 +274,23 @@ def test_the_model_runs_once_over_the_text_and_a_second_bench_reads_what_the_fir
         made_bench(opened, {"language"}, seed=4, store=tmp_path / "kept")
 
 
+def test_activations_kept_by_another_harvest_are_made_again(small_language, tmp_path, monkeypatch):
+    source, _, _ = small_language
+    opened = cache_of_the_embedded_model(tmp_path / "cache", "tiny", source.loaded.d_model)
+    texts = tmp_path / "texts.jsonl"
+    stream = embedded.documents(seed=5)
+    rows = [{"text": next(stream), "label": i % 2, "split": "train" if i < 60 else "test"} for i in range(80)]
+    texts.write_text("\n".join(map(json.dumps, rows)))
+    made_bench(opened, {"splice"}, seed=3, store=tmp_path / "kept")
+    made_bench(opened, {"tasks"}, seed=3, store=tmp_path / "kept", probe_data=(texts,))
+    before = {file.name for file in (tmp_path / "kept").iterdir()}
+    for module in ("windows", "text_rows"):
+        monkeypatch.setattr(f"evaluate.{module}.code_hash", lambda packages: str(packages))
+    made_bench(opened, {"splice"}, seed=3, store=tmp_path / "kept")
+    made_bench(opened, {"tasks"}, seed=3, store=tmp_path / "kept", probe_data=(texts,))
+    assert len({file.name for file in (tmp_path / "kept").iterdir()} - before) == len(before)
+
+
 def test_text_of_ones_own_is_the_shifted_text_and_a_label_file_is_a_task(small_language, tmp_path):
     source, _, _ = small_language
     opened = cache_of_the_embedded_model(tmp_path / "cache", "tiny", source.loaded.d_model)

@@ -163,14 +163,9 @@ def test_weights_that_are_cut_nan_or_of_another_width_leave_their_runs_out(runs,
     leave_out(runs, {folder.name: text for folder, text in words.items()}, capsys)
 
 
-def test_a_copy_of_a_run_does_not_pass_for_another_seed(runs, capsys):
-    one = next(runs.glob("*unmasked_seed0"))
-    shutil.rmtree(next(runs.glob("*unmasked_seed1")))
-    shutil.copytree(one, one.with_name("zcopy"))
-    with pytest.raises(RunsIncomplete, match=f"of the same recipe and seed as {one.name}"):
-        evaluate(runs)
-    plain = json.loads((runs / "report.json").read_text())["recipes"][0]
-    assert plain["metrics"]["l0"]["n_seeds"] == 1
+def test_a_hook_point_without_an_sae_to_measure_there_is_refused(runs):
+    with pytest.raises(UserError, match="--hook is for --sae; runs say their own hook point"):
+        evaluate(runs, hook="layer_1")
 
 
 def test_nothing_that_can_be_measured_is_an_error_before_measuring(runs):
@@ -244,56 +239,6 @@ def test_bad_folders_get_one_sentence_each(tmp_path, runs):
     assert caught.value.exit_code == 1
 
 
-def test_runs_that_differ_in_another_setting_are_not_taken_for_seeds(runs):
-    """Two learning rates in one folder: each has its own baseline, and the labels say which is which."""
-    for file in runs.glob("*/run.json"):
-        facts = json.loads(file.read_text())
-        for lr in (0.001, 0.0003):
-            other = shutil.copytree(file.parent, file.parent.with_name(f"{file.parent.name}_lr{lr}"))
-            config = {**facts["config"], "lr": lr, "penalties": ["auxk=0.1"]}
-            (other / "run.json").write_text(json.dumps({**facts, "name": other.name, "config": config}))
-        shutil.rmtree(file.parent)
-    report = evaluate(runs)
-    trained = [r for r in report["recipes"] if r["kind"] == "trained"]
-    assert sorted((r["recipe"], r["settings"]) for r in trained) == [
-        ("masked 0.5", "lr 0.0003"),
-        ("masked 0.5", "lr 0.001"),
-        ("unmasked", "lr 0.0003"),
-        ("unmasked", "lr 0.001"),
-    ]
-    assert all(r["metrics"]["l0"]["n_seeds"] == 2 for r in trained)
-    assert all(d["settings"] == d["baseline"]["settings"] for d in report["differences"])
-
-
-def test_penalties_that_vary_and_positions_of_masked_runs_are_named(runs):
-    for number, file in enumerate(sorted(runs.glob("*/run.json"))):
-        facts = json.loads(file.read_text())
-        facts["config"]["penalties"] = [f"l1=0.0{number}"]
-        facts["data"]["positions"] = "drop_masked"
-        file.write_text(json.dumps(facts))
-    found, _ = find_runs(runs)
-    assert sorted(run.settings for run in found) == ["l1=0.00", "l1=0.01", "l1=0.02", "l1=0.03"]
-    assert {run.recipe for run in found} == {"unmasked", "masked 0.5, drop_masked"}
-
-
-def test_what_a_run_is_a_control_for_is_read_from_its_facts(runs, cache):
-    write_run(runs, cache, small_sae(3), corrupt="gaussian=0.4")
-    write_run(runs, cache, small_sae(4), corrupt="dropout=0.4")
-    write_run(runs, cache, small_sae(5), masked=0.5, variant="random")
-    write_run(runs, cache, small_sae(6), masked=0.5, variant="masked_2")
-    write_run(runs, cache, small_sae(7, d_sae=8))
-    found = {(run.recipe, run.d_sae): (run.control, run.is_plain, run.is_masked) for run in find_runs(runs)[0]}
-    assert found == {
-        ("unmasked", 16): ("", True, False),
-        ("unmasked", 8): ("small dictionary", True, False),
-        ("masked 0.5", 16): ("", False, True),
-        ("masked_2 0.5", 16): ("", False, True),
-        ("random 0.5", 16): ("random token", False, False),
-        ("gaussian 0.4", 16): ("noise", False, False),
-        ("dropout 0.4", 16): ("dropout", False, False),
-    }
-
-
 def test_a_device_that_is_not_there_is_one_sentence(runs):
     with pytest.raises(UserError, match="--device meta7 cannot be used here"):
         evaluate(runs, device="meta7")
@@ -314,6 +259,7 @@ def test_help_explains_every_option():
         assert f"--{option}" in text
     for metric in available():
         assert metric in text
+    assert "a txt, jsonl or csv file or a folder" in " ".join(text.split())
 
 
 def test_every_option_reaches_what_it_decides(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from evaluate.recipes import (
 )
 from evaluate.statistics import estimate, holm, paired_test, power, seeds_needed, smallest_effect
 
-numbers = st.lists(st.floats(-5, 5).map(lambda value: round(value, 3)), min_size=2, max_size=6)
+numbers = st.lists(st.floats(-5, 5).map(lambda value: round(value, 3)), min_size=3, max_size=6)
 
 
 @given(numbers, st.integers(0, 1000))
@@ -53,7 +54,92 @@ def test_pairs_are_of_equal_seeds_whatever_the_order():
 def test_a_seed_whose_number_is_not_defined_is_no_pair():
     base = results(recipe(), [1.0, math.nan, 3.0])
     (found,) = differences(base + results(recipe("masked 0.5"), [2.0, 3.0, 5.0]), COLUMNS)
-    assert (found.n, found.mean) == (2, 1.5)
+    assert (found.n, found.n_seeds, found.mean) == (2, 3, 1.5)
+    assert found.verdict == "numbers missing: no verdict"
+    assert found.n_family == 0
+
+
+def test_two_seeds_have_an_interval_and_no_verdict():
+    (found,) = differences(results(recipe(), [1.0, 1.0]) + results(recipe("masked 0.5"), [9.0, 9.001]), COLUMNS)
+    assert found.low > 7
+    assert (found.verdict, found.n_family) == ("two seeds: no verdict", 0)
+
+
+def test_only_masked_against_unmasked_is_a_claim():
+    columns = {"score": replace(SCORE, claim=True)}
+    noise = recipe("gaussian 0.45 (matched 0.5)")
+    rows = results(recipe(), [1.0, 2.0, 4.0]) + results(noise, [2.0, 3.1, 4.0])
+    found = differences(rows + results(recipe("masked 0.5"), [3.0, 4.5, 5.0]), columns)
+    families = {(d.recipe.is_masked, d.baseline.is_plain): (d.family, d.n_family) for d in found}
+    assert families == {(True, True): (CLAIM, 1), (True, False): (OTHER, 2), (False, True): (OTHER, 2)}
+
+
+PARTED = replace(SCORE, parts="rate", counted="has")
+
+
+def with_parts(of: Any, rates: list[dict[str, float | None]]) -> list[Result]:
+    """One result a seed, of rates by part; None for a part that does not count."""
+    return [
+        Result(
+            run="",
+            recipe=of,
+            seed=seed,
+            values={
+                "score": sum(rate for rate in parts.values() if rate is not None),
+                **{f"rate@{part}": rate or 0.0 for part, rate in parts.items()},
+                **{f"has@{part}": float(rate is not None) for part, rate in parts.items()},
+            },
+        )
+        for seed, parts in enumerate(rates)
+    ]
+
+
+def test_pairs_are_compared_over_the_parts_that_both_have():
+    base = with_parts(recipe(), [{"a": 0.2, "b": 0.8, "c": 0.4}] * 3)
+    other = with_parts(recipe("masked 0.5"), [{"a": 0.3, "b": None, "c": 0.5}] * 3)
+    (found,) = differences(base + other, {"score": PARTED})
+    assert found.mean == pytest.approx(0.1)  # and not lower for having lost b
+    few = with_parts(recipe("masked 0.5"), [{"a": 0.3, "b": None, "c": None}] * 3)
+    assert differences(base + few, {"score": PARTED}) == []
+
+
+def kinds(shifts: dict[tuple[str, int], float], n_seeds: int = 4) -> list[Result]:
+    rows, rng = [], np.random.default_rng(3)
+    for (arch, k), shift in shifts.items():
+        base = rng.normal(size=n_seeds)
+        rows += results(recipe(arch=arch, k=k), base.tolist())
+        rows += results(recipe("masked 0.5", arch=arch, k=k), (base + shift + 0.3 * rng.normal(size=n_seeds)).tolist())
+    return rows
+
+
+def test_pooled_differences_are_means_over_kinds_seed_by_seed():
+    shifts = {("batchtopk", 6): 1.0, ("batchtopk", 12): 0.5, ("jumprelu", 6): 0.2}
+    columns = {"score": replace(SCORE, claim=True)}
+    rows = kinds(shifts)
+    found = compare(rows, columns)
+    (together,) = found.pooled
+    by_seed = {seed: [] for seed in range(4)}
+    groups = by_recipe(rows)
+    for arch, k in shifts:
+        for one, other in zip(
+            groups[recipe("masked 0.5", arch=arch, k=k)], groups[recipe(arch=arch, k=k)], strict=True
+        ):
+            by_seed[one.seed].append(one.values["score"] - other.values["score"])
+    test = stats.ttest_1samp([np.mean(values) for values in by_seed.values()], 0)
+    assert together.p == pytest.approx(float(test.pvalue))
+    assert (together.n, together.n_pooled, together.n_family, together.recipe.arch) == (4, 3, 1, "all")
+    assert found.families[together.family] == 1
+    assert compare(kinds({("batchtopk", 6): 1.0}), columns).pooled == []
+
+
+def test_a_kind_that_lacks_a_seed_or_the_matched_l0_is_not_pooled():
+    rows = kinds({("batchtopk", 6): 1.0, ("batchtopk", 12): 0.5})
+    lame = [replace(row, values={"score": math.nan}) if row.recipe.k == 12 and row.seed == 2 else row for row in rows]
+    assert compare(lame, COLUMNS).pooled == []
+    apart = [
+        replace(row, values={**row.values, "l0": 6.0 + row.recipe.is_masked * (row.recipe.k == 12)}) for row in rows
+    ]
+    assert compare(apart, COLUMNS).pooled == []
 
 
 def test_one_seed_has_no_interval_and_no_verdict():
@@ -64,7 +150,8 @@ def test_one_seed_has_no_interval_and_no_verdict():
 
 
 def test_equal_values_everywhere_are_no_difference():
-    (found,) = differences(results(recipe(), [1.0, 2.0]) + results(recipe("masked 0.5"), [1.0, 2.0]), COLUMNS)
+    same = [1.0, 2.0, 4.0]
+    (found,) = differences(results(recipe(), same) + results(recipe("masked 0.5"), same), COLUMNS)
     assert (found.low, found.high, found.p) == (0.0, 0.0, 1.0)
     assert found.verdict == "no difference seen"
     assert found.seeds_needed is None

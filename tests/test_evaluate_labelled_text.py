@@ -92,6 +92,41 @@ def test_classes_with_too_few_texts_are_left_out_and_said(tmp_path):
     assert not any("rare" in text for texts in task.texts.values() for text in texts)
 
 
+def test_copies_of_train_texts_are_left_out_and_said(tmp_path):
+    """Of a text that is there twice in train one is kept, or none if its labels disagree."""
+    rows = rows_of(ood=3)
+    more = [("twice", "a", "train"), ("twice", "a", "train"), ("twice", "b", "test"), ("twice", "a", "ood")]
+    more += [("disputed", "a", "train"), ("disputed", "b", "train"), ("disputed", "a", "test")]
+    rows += [{"text": text, "label": label, "split": part} for text, label, part in more]
+    (task,) = read_labelled(write_jsonl(tmp_path / "task.jsonl", rows))
+    assert [text for text in task.texts["train"] if "number" not in text] == ["twice"]
+    assert [text for text in task.texts["test"] if "number" not in text] == ["disputed"]
+    assert len(task.texts["ood"]) == 6
+    assert task.notes() == [
+        "the task task is without 1 of train (train has the same text), 1 of test (train has the same text), 1 of ood "
+        "(train has the same text), 2 of train (the same text has two labels)"
+    ]
+    with pytest.raises(UserError, match=r"'a' has no test text.* it is without 2 of test \(train has the same text"):
+        read_labelled(write_jsonl(tmp_path / "all.jsonl", [*rows_of(test=0), *known_by_heart()]))
+
+
+def known_by_heart() -> list[dict]:
+    return [{"text": f"train {label} number 0", "label": label, "split": "test"} for label in "ab"]
+
+
+def test_random_labels_on_repeated_texts_leave_no_text_that_train_and_test_share(tmp_path):
+    """A probe that knows its train texts by heart would score 1 on them."""
+    generator = np.random.default_rng(0)
+    rows = [
+        {"text": f"text {i % 100}", "label": "ab"[generator.integers(2)] if i >= 100 else "ab"[i % 2], "split": part}
+        for i, part in enumerate(["train"] * 130 + ["test"] * 90)
+    ]
+    rows += [{"text": f"new {i}", "label": "ab"[i % 2], "split": "test"} for i in range(4)]
+    (task,) = read_labelled(write_jsonl(tmp_path / "task.jsonl", rows))
+    assert len(task.texts["train"]) == len(set(task.texts["train"]))
+    assert not set(task.texts["train"]) & set(task.texts["test"])
+
+
 def jsonl(*lines: str) -> str:
     return "\n".join([*lines, *map(json.dumps, rows_of())])
 

@@ -20,6 +20,7 @@ from evaluate.command import choose_metrics, run
 from evaluate.measuring import Asked, measure
 from evaluate.metrics.stability import stability
 from evaluate.runs import find_runs
+from evaluate.text_sources import TextSources
 from harvest import embedded
 from harvest.__main__ import app as harvest
 from harvest.model import activations, load_model
@@ -151,6 +152,28 @@ def test_the_embedded_model_gets_every_metric_and_all_controls(tiny_runs, monkey
     assert trained["ce_loss_with_ablation"] > trained["ce_loss_without_sae"]
     assert json.loads(next(tiny_runs.glob("*/report.json")).read_text())["example"]["bars"]
     assert {run["path"] for run in report["runs"]} == {None, *(folder.name for folder in tiny_runs.glob("batchtopk*"))}
+
+
+def test_text_of_the_user_is_probed_and_passed_over_by_the_oracle(tiny_runs, tmp_path, monkeypatch):
+    """The oracle reads labels, and text of the user has none: it averages over the tasks of the labelled text."""
+    monkeypatch.setattr("evaluate.generated_text.N_DOCUMENTS", {"fit": 60, "test": 60, "shifted": 40})
+    monkeypatch.setattr("evaluate.generated_text.N_EVERYWHERE", 500)
+    monkeypatch.setattr("evaluate.generated_text.PROBE_ROWS", 150)
+    stream = embedded.documents(seed=5)
+    rows = [
+        {"text": next(stream), "label": i % 2, "split": ("train", "train", "test", "ood")[i // 2 % 4]}
+        for i in range(120)
+    ]
+    (tmp_path / "parity.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = TextSources(probe_data=(tmp_path / "parity.jsonl",))
+    run(tiny_runs, out=tmp_path / "out", metrics="probing,ood", sources=sources)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    by_kind = {case["kind"]: case["metrics"] for case in report["runs"]}
+    for name in ("sae_top_1_test_auc", "ood_gap_to_dense_16"):
+        assert f"{name}@parity" in by_kind["trained"]
+        assert f"{name}@parity" not in by_kind["oracle"]
+        tasks = [value for key, value in by_kind["oracle"].items() if key.startswith(f"{name}@")]
+        assert by_kind["oracle"][name] == pytest.approx(np.mean(tasks))
 
 
 def test_what_seeds_vary_is_read_from_the_runs(runs, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from page_fixtures import COLUMNS, EIGHT, EVIL, compared, planted, recipe, result_of
 
 from evaluate import compared as facts_of
-from evaluate.compare import HIGHER, LOWER, NONE_SEEN, NOT_MATCHED, ONE_SEED, Comparison
+from evaluate.compare import HIGHER, LOWER, NONE_SEEN, NOT_ALL, NOT_MATCHED, ONE_SEED, TWO_SEEDS, Comparison
 from evaluate.page import render
 from evaluate.recipes import PRETRAINED, Measured, Recipe
 from evaluate.series import looks
@@ -190,7 +190,7 @@ def test_one_seed_gives_no_verdict():
 
 
 def test_every_verdict_has_a_sign_of_its_own():
-    assert set(SIGNS) == {LOWER, HIGHER, NONE_SEEN, NOT_MATCHED, ONE_SEED}
+    assert set(SIGNS) == {LOWER, HIGHER, NONE_SEEN, NOT_MATCHED, NOT_ALL, ONE_SEED, TWO_SEEDS}
     assert len(set(SIGNS.values())) == len(SIGNS)
 
 
@@ -305,3 +305,13 @@ def test_what_is_not_at_matched_l0_has_a_sign_and_no_tone():
     }
     assert cells == {(NOT_MATCHED, "≠", "", "")}
     assert "No verdict on masking: no masked run has the L0" in page_of(replace(measured, results=apart))
+
+
+def test_several_architectures_are_averaged_above_their_own_verdicts(grid, demo):
+    for measured, comparison, page in (grid, demo):
+        assert {d.n_pooled for d in comparison.pooled} >= {
+            len({(r.recipe.arch, r.recipe.k) for r in measured.results if r.recipe.is_plain})
+        }
+        assert page.index("Averaged over architectures and k") < page.index("One by one")
+    alone = planted(FOUR, ("batchtopk",))
+    assert "Averaged over architectures" not in page_of(alone)

@@ -98,13 +98,30 @@ def test_a_cfg_that_says_little_is_read_with_saelens_defaults():
         (cfg("standard", reshape_activations="hook_z"), "its reshape_activations is hook_z"),
         (cfg("standard", activation_fn_str="topk"), "its activation_fn_str is topk"),
         (cfg("standard", finetuning_scaling_factor=True), "its finetuning_scaling_factor is True"),
+        (
+            cfg("standard", normalize_activations="expected_average_only_in", norm_scaling_factor=float("inf")),
+            "by a fac",
+        ),
         (cfg("standard", d_sae=D_SAE + 1), "do not fit together"),
+        (cfg("standard", metadata="text"), 'its metadata is "text", not a JSON object'),
+        (cfg("jumprelu", k="many"), 'its k is "many", not a number from 0 to its d_sae, 16'),
+        (cfg("topk", k=17), "its k is 17, not a number from 0 to its d_sae, 16"),
+        (cfg("standard", d_in="six"), 'its d_in is "six", not a whole number above 0'),
+        (cfg("standard", d_sae=None), "its d_sae is null, not a whole number above 0"),
         ({"architecture": "standard"}, "do not fit together"),
     ],
 )
 def test_what_cannot_be_computed_exactly_is_refused(facts, words, tmp_path):
     with pytest.raises(UserError, match=words):
         find_pretrained(str(write(tmp_path / "sae", facts)))
+
+
+def test_metadata_may_be_null_and_a_cfg_is_an_object(tmp_path):
+    folder = write(tmp_path / "sae", cfg("standard", metadata=None))
+    assert find_pretrained(str(folder)).hook_name == ""
+    (folder / "cfg.json").write_text("[]")
+    with pytest.raises(UserError, match=r"its cfg\.json is not a JSON object"):
+        find_pretrained(str(folder))
 
 
 def write(folder: Path, facts: dict[str, Any], **more: torch.Tensor) -> Path:

@@ -21,6 +21,7 @@ from cache_spec import UserError
 from evaluate import probe_scores as probe_scores_module
 from evaluate import tasks as tasks_module
 from evaluate.language import Language
+from evaluate.metrics.ood import ood
 from evaluate.metrics.probing import COLUMNS, probing
 from evaluate.oracle import fit_oracle
 from evaluate.probe_scores import KS, probe_scores
@@ -86,6 +87,13 @@ class Plain:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
+
+
+def test_an_oracle_without_a_task_that_it_can_read_says_nothing(language):
+    oracle, task = fit_oracle(language.even), binary_task(100, 0)
+    bench = Bench(calibration=task.fit.source, clean=task.fit.source, tasks=(task,))
+    subject = Subject(name="oracle", dictionary=oracle, raw=oracle, bench=bench, held_out=language.test)
+    assert probing(subject) == ood(subject) == {}
 
 
 def test_a_draw_takes_each_class_equally_and_is_the_same_every_time():

@@ -189,24 +189,53 @@ def test_another_seed_metric_code_or_number_of_threads_is_measured_again(runs, n
 
 
 def test_the_hash_of_the_code_is_of_every_file_that_measures(tmp_path, monkeypatch):
-    for file in ("evaluate/metrics/core.py", "harvest/embedded/model.py", "train/sae.py", "train/saelens.py"):
+    """Of all packages, but not of what compares and shows numbers that are there."""
+    measures = ("evaluate/metrics/core.py", "evaluate/report.py", "harvest/model.py", "harvest/embedded/build.py")
+    measures += ("train/sae.py", "train/architectures/topk.py", "cache_spec/cache.py")
+    shows = ("evaluate/page.py", "evaluate/wording.py", "evaluate/compare.py")
+    for file in (*measures, *shows):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("a = 1")
-    for name in ("activations", "calibration"):
-        (tmp_path / "train" / f"{name}.py").write_text("a = 1")
     monkeypatch.setattr(kept, "ROOT", tmp_path)
 
     def fresh_hash() -> str:
         kept.code_hash.cache_clear()
         return kept.code_hash()
 
-    seen = {fresh_hash()}
-    for file in sorted(tmp_path.rglob("*.py")):
-        file.write_text("a = 2")
+    seen = {first := fresh_hash()}
+    for file in shows:
+        (tmp_path / file).write_text("a = 2")
+        assert fresh_hash() == first
+    for file in measures:
+        (tmp_path / file).write_text("a = 2")
         assert fresh_hash() not in seen
         seen.add(fresh_hash())
     monkeypatch.undo()
     kept.code_hash.cache_clear()
+
+
+def test_what_is_not_hashed_is_there_and_what_measures_imports_none_of_it_but_for_reports():
+    """statistics and compare say what a report over all runs holds; no number of a case comes from them."""
+    for name in kept._SHOWN:
+        module = Path(name).stem
+        assert (kept.ROOT / name).is_file()
+        for file in (kept.ROOT / "evaluate").rglob("*.py"):
+            if file.relative_to(kept.ROOT).as_posix() not in {
+                *kept._SHOWN,
+                "evaluate/report.py",
+                "evaluate/recipes.py",
+            }:
+                assert f"from evaluate.{module} import" not in file.read_text(), file
+
+
+@pytest.mark.parametrize("library", kept.LIBRARIES)
+def test_another_version_of_a_library_is_another_fingerprint(monkeypatch, library):
+    def mark() -> str:
+        return kept.fingerprint({}, device="cpu", metrics=["core"], seed=0)
+
+    before, real = mark(), kept.version
+    monkeypatch.setattr(kept, "version", lambda name: "other" if name == library else real(name))
+    assert mark() != before
 
 
 def test_a_new_run_with_another_setting_renames_recipes_and_measures_itself_alone(runs, n_measured, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from page_fixtures import COLUMNS, EIGHT, compared, planted, recipe
 
 from evaluate import wording
-from evaluate.compare import CLAIM, HIGHER, LOWER, NONE_SEEN, NOT_MATCHED, OTHER, Comparison, Difference
+from evaluate.compare import CLAIM, HIGHER, LOWER, NONE_SEEN, NOT_MATCHED, OTHER, Comparison, Difference, is_claim
 from evaluate.recipes import NOISE
 from evaluate.statistics import Estimate
 
@@ -29,7 +29,7 @@ def difference(column: str, verdict: str, who=MASKED, baseline=PLAIN, n: int = 5
         high=size + 0.05 if n > 1 else math.nan,
         n=n,
         p=0.01 if n > 1 else math.nan,
-        family=CLAIM if COLUMNS[column].claim else OTHER,
+        family=CLAIM if is_claim(COLUMNS[column], who, baseline) else OTHER,
         p_holm=(0.5 if verdict == NONE_SEEN else 0.01) if is_tested else math.nan,
         n_family=10 if is_tested else 0,
         l0_change=0.2 if verdict == NOT_MATCHED else 0.0,
@@ -92,22 +92,22 @@ def test_the_sentence_counts_each_claim():
     assert said == (
         "Over 5 seeds at matched L0, masking lowered absorption in 1 of 3 comparisons with unmasked training "
         "(raised in 1), narrowed the OOD gap in 1 of 1 and lowered explained variance in 1 of 1; "
-        "no difference seen in probing AUC (0 of 1)."
+        "no difference seen in probing AUC (0 of 1, blind below 0.071)."
     )
-    assert len(said.split()) <= 45
+    assert len(said.split()) <= 50
 
 
 def test_the_sentence_says_where_nothing_is_seen_at_all():
     said = wording.sentence(comparison(difference("sae_top_1_test_auc", NONE_SEEN)), COLUMNS)
     assert said == (
         "Over 5 seeds at matched L0, no difference is seen between masked and unmasked training in "
-        "probing AUC (0 of 1)."
+        "probing AUC (0 of 1, blind below 0.071)."
     )
 
 
 def test_the_sentence_of_the_whole_grid_is_one_and_short():
     said = wording.sentence(compared(planted(EIGHT, ("batchtopk", "topk"), (3, 6), 3)), COLUMNS)
-    assert len(said.split()) <= 45
+    assert len(said.split()) <= 50
     assert said.count(". ") == 0
 
 
@@ -185,7 +185,9 @@ def test_multiplicity_counts_each_family_apart():
         )
     )
     assert len(lines) == 2
-    assert lines[0].startswith("2 paired comparisons were tested in the columns that claims are about")
+    assert lines[0].startswith(
+        "2 paired comparisons were tested in the columns of the claims, masked against unmasked training"
+    )
     assert "Here 1 does, and 1 stays significant" in lines[0]
     assert lines[1].startswith("1 paired")
 

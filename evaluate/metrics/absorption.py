@@ -47,6 +47,8 @@ def _family_columns(family: str, words: str) -> dict[str, Column]:
             better="lower",
             claim=True,
             oracle_is_best=True,
+            parts=f"full_absorption_saebench_{family}",
+            counted=f"represented_parents_{family}",
             short=f"abs {short}",
             terminal=True,
         ),
@@ -87,16 +89,18 @@ def _family_columns(family: str, words: str) -> dict[str, Column]:
             oracle_is_best=True,
             short=f"gap {short}",
         )
-    return {f"{name}_{family}": column for name, column in {**columns, **_truth_columns(words)}.items()}
+    return {f"{name}_{family}": column for name, column in {**columns, **_truth_columns(words, short)}.items()}
 
 
-def _truth_columns(words: str) -> dict[str, Column]:
+def _truth_columns(words: str, short: str) -> dict[str, Column]:
     return {
         "full_absorption_truth": Column(
             meaning=f"{words}: the parent's best latent is off and its child's best latent is on, of children that "
             "have a latent (F1 at least 0.3), where these are half of all, and so are the represented parents",
             better="lower",
+            claim=True,
             oracle_is_best=True,
+            short=f"lost {short}",
         ),
         "n_children_with_latent": Column(
             meaning=f"{words}: children that have a latent (F1 at least 0.3)", better="higher", oracle_is_best=True
@@ -104,7 +108,6 @@ def _truth_columns(words: str) -> dict[str, Column]:
         "leak_dec": Column(
             meaning=f"{words}: how much of the parent the decoder rows of its children's latents hold, as a share of "
             "how much they hold of the child; 0 is none, below 0 they take it away",
-            better="lower",
         ),
         "leak_enc": Column(
             meaning=f"{words}: how far a child's direction alone lowers its parent's latent, as a share of the value "
@@ -129,10 +132,10 @@ def absorption(subject: Subject) -> dict[str, float]:
     untrained one scores better than a trained one. The headline therefore leaves out a parent that the dictionary does
     not represent: one that is neither shown by its main latents nor absorbed on half of its tokens. (A bar on F1 would
     not do: absorption lowers F1, and it would drop the parents that are absorbed most.) Where fewer than half of the
-    parents are left, there is no number rather than a good one. So two SAEs may be compared on different parents, and
-    one that loses a parent altogether looks better for it: full_absorption_saebench is over the same parents for all,
-    with one part a parent (`@letter b`), and says whether a difference is one of the choice, and represented_parents
-    says how many there are.
+    parents are left, there is no number rather than a good one. So two SAEs have means over different
+    parents, and one that loses a parent altogether looks better for it: differences are therefore taken over the
+    parents that both represent, parent by parent (`full_absorption_saebench@letter b`), and represented_parents says
+    how many there are.
 
     recall_gap per parent is the mean over children of P(silent) minus P(silent) where the parent is on without a child,
     in the families where it occurs so: of the embedded language's, cross_token alone.
@@ -183,6 +186,7 @@ def _summary(rates: dict[str, ParentRates], family: str) -> dict[str, float]:
         **{f"full_absorption_saebench@{name}": rate.full_absorption for name, rate in rates.items()},
         "silent": float(np.mean([rate.silent for rate in rates.values()])),
         "represented_parents": len(represented) / len(rates),
+        **{f"represented_parents@{name}": float(rate.represented) for name, rate in rates.items()},
     }
     if len(represented) >= MIN_SHARE * len(rates):
         values["full_absorption"] = float(np.mean([rate.full_absorption for rate in represented]))

@@ -50,7 +50,6 @@ def _columns() -> dict[str, Column]:
             better="lower" if name in _ORDERED else "",
             random_is_worst=False,
             reliable=name not in _ORDERED,
-            claim=name == "jaccard_lift",
             short=_SHORT.get(name, ""),
         )
         for name, meaning in _STATISTICS.items()
@@ -81,10 +80,10 @@ def cooccurrence(subject: Subject) -> Measurements:
     Latents on in fewer than 10 of the rows are left out; of more than 4,096 a sample is counted (evaluate/cofiring.py
     has the formulas). The oracle is counted on the even sample of the labelled text, where its labels are.
 
-    Which number bears the claim: Jaccard depends on how often latents fire. At an equal L0 fewer living latents fire
+    Which number to read: Jaccard depends on how often latents fire. At an equal L0 fewer living latents fire
     more often each: on the embedded model 220 latents have twice the mean Jaccard of 512, and half as much again of
     excess over independence, but a smaller ratio to it. jaccard_lift, the ratio, is free of that to first order, so it
-    is the claim's column. It is not free of how L0 is spread over tokens: latents that fire on a few crowded tokens co-
+    is the one to read. It is not free of how L0 is spread over tokens: latents that fire on a few crowded tokens co-
     fire more. Lower is what masking is said to do, and on the embedded model oracle < trained < untrained where a
     threshold decides what fires. But it ranks no SAEs at large: an untrained topk SAE, whose L0 is the same on every
     token, has hardly more than chance, a parent's latent should fire with its child's, and one that absorption silences

@@ -28,6 +28,7 @@ COLUMNS = {
         better="lower",
         claim=True,
         random_is_worst=False,
+        reliable=False,
         short="abs letter",
         terminal=True,
     ),
@@ -38,6 +39,7 @@ COLUMNS = {
         ),
         better="lower",
         random_is_worst=False,
+        reliable=False,
     ),
     "first_letter_found_full_absorption_score": Column(
         meaning=(
@@ -46,6 +48,7 @@ COLUMNS = {
         ),
         better="lower",
         random_is_worst=False,
+        reliable=False,
     ),
     "first_letter_num_found_letters": Column(
         meaning="letters whose latents have train F1 of at least 0.3", better="higher"

@@ -13,6 +13,9 @@ from evaluate.subject import Subject
 OOD_KS = (1, 16, 128)
 
 
+_NO_DROP = "a probe at chance cannot drop, so a smaller drop may be a worse probe"
+
+
 def _columns() -> dict[str, Column]:
     columns = {}
     for k in OOD_KS:
@@ -34,9 +37,10 @@ def _columns() -> dict[str, Column]:
             meaning=f"standard deviation of ood_gap_to_dense_{k} over resamples of the shifted rows"
         )
         columns[f"ood_drop_{k}"] = Column(
-            meaning=f"AUC of probes on the best {latents}, on the usual text - on shifted text",
+            meaning=f"AUC of probes on the best {latents}, on the usual text - on shifted text; {_NO_DROP}",
             better="lower",
-            random_is_worst=False,  # a probe at chance cannot drop
+            random_is_worst=False,
+            reliable=False,
             short=f"drop {k}" if k == 16 else "",
         )
     columns["ood_drop_dense"] = Column(
@@ -46,9 +50,10 @@ def _columns() -> dict[str, Column]:
         meaning="dense-probe AUC on raw activations - on reconstructions, both on shifted text", better="lower"
     )
     columns["ood_drop_reconstruction"] = Column(
-        meaning="AUC of the dense probe on reconstructions, on the usual text - on shifted text",
+        meaning=f"AUC of the dense probe on reconstructions, on the usual text - on shifted text; {_NO_DROP}",
         better="lower",
         random_is_worst=False,
+        reliable=False,
     )
     return columns
 
