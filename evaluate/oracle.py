@@ -44,7 +44,7 @@ def fit_oracle(rows: Rows) -> Oracle:
     mean_on, mean = features.mean(0), x.mean(0)
     centred = features - mean_on
     gram = centred.T @ centred + RIDGE * torch.eye(features.shape[1], dtype=torch.float64, device=x.device)
-    effects = torch.linalg.solve(gram, centred.T @ (x - mean))
+    effects = torch.cholesky_solve(centred.T @ (x - mean), torch.linalg.cholesky(gram))
     strength = effects.norm(dim=1).clamp(min=WEAKEST)
     return Oracle(
         directions=(effects / strength.unsqueeze(1)).to(rows.x.dtype),

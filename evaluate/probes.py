@@ -56,7 +56,9 @@ def fit_logistic(features: Tensor, labels: Tensor, penalty: float = 1.0) -> Tens
         gradient = (pull.unsqueeze(1) @ x).squeeze(1) + problem.ridge * weights
         curvature = (problem.sample * chance * (1 - chance)).unsqueeze(-1)
         hessian = turned @ (curvature.float() * single) + ridge
-        step = torch.linalg.solve(hessian, gradient.float()).double()
+        # By Cholesky: torch's LU fails for sizes such as 171 after set_num_threads was called, and this is positive.
+        lower = torch.linalg.cholesky(hessian.double())
+        step = torch.cholesky_solve(gradient.unsqueeze(-1), lower).squeeze(-1)
         before = value
         weights, z, value = problem.shortened(weights, z, step, (x @ step.unsqueeze(-1)).squeeze(-1), value)
         if bool(((before - value) <= CONVERGED * before.abs()).all()):

@@ -132,8 +132,9 @@ def _clause(differences: Sequence[Difference], lower: str, higher: str, what: st
 
 
 def _unseen(differences: Sequence[Difference]) -> str:
-    """The largest of the differences that the seeds might miss, in short."""
-    return f"{max(visible(difference) for difference in differences):.2g}"
+    """The differences that the seeds might miss, in short: of the clearest comparison and of the least clear."""
+    ends = [f"{end(visible(difference) for difference in differences):.2g}" for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def claim_columns(differences: Sequence[Difference], columns: Mapping[str, Column]) -> list[str]:

@@ -172,5 +172,5 @@ def test_a_perfect_dictionary_has_less_lift_than_a_random_one():
     language = planted_language(2000)
     good, poor = (cooccurrence(subject_of_sae(sae, language)) for sae in (planted_sae(0), random_sae()))
     assert float(good["jaccard_lift"]) < float(poor["jaccard_lift"])  # pyright: ignore[reportArgumentType]
-    assert [name for name, column in COLUMNS.items() if column.claim] == ["jaccard_lift"]
+    assert not any(column.claim for column in COLUMNS.values())
     assert sum(bool(column.short) for column in COLUMNS.values()) <= 4
