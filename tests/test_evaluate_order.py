@@ -209,7 +209,8 @@ def test_a_column_whose_sign_is_turned_round_breaks_the_order(name, arch, values
     for column in held(metric):
         facts = metric.columns[column]
         turned = replace(facts, better="lower" if facts.better == "higher" else "higher")
-        assert broken(column, turned, values), column
+        if column not in LACKING or facts.oracle_is_best:  # else there is neither a bound nor an untrained number
+            assert broken(column, turned, values), column
 
 
 @pytest.mark.parametrize("name", RANK_NOTHING)
