@@ -12,7 +12,8 @@ from cache_fixtures import make_plan, make_shard
 from cache_spec import ActivationCache, UserError, create_cache, finalize_cache, write_shard
 from evaluate.language import EVERYWHERE, Language
 from evaluate.rows import Rows
-from evaluate.subject import Bench, Learned, Subject
+from evaluate.subject import Bench, Dictionary, Learned, Subject
+from evaluate.tasks import ProbeData
 from harvest.model import load_model
 from train.activations import Threshold
 from train.run_folder import finish_run
@@ -238,3 +239,18 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         return had(name, **options)
 
     monkeypatch.setattr("evaluate.bench.load_model", unreachable)
+
+
+def write_four_runs(folder: Path, cache: ActivationCache) -> Path:
+    """Two seeds, masked and not."""
+    for seed in range(2):
+        for masked in (0.0, 0.5):
+            write_run(folder, cache, small_sae(seed + 10 * (masked > 0)), seed=seed, masked=masked)
+    return folder
+
+
+def subject_of_tasks(dictionary: Dictionary, *tasks: ProbeData, seed: int = 0) -> Subject:
+    """A subject with probe tasks alone; the test rows of the first are its held-out rows."""
+    rows = tasks[0].test.source
+    bench = Bench(calibration=rows, clean=rows, tasks=tasks)
+    return Subject(name="it", dictionary=dictionary, raw=dictionary, bench=bench, held_out=rows, seed=seed)

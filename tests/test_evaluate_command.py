@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cache_fixtures import make_plan, make_shard
-from evaluate_fixtures import no_model, small_cache, small_sae, write_run
+from evaluate_fixtures import no_model, small_cache, small_sae, write_four_runs, write_run
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -28,10 +28,7 @@ def cache(tmp_path) -> ActivationCache:
 def runs(tmp_path, cache, monkeypatch) -> Path:
     """Two seeds, masked and not, on a made-up cache whose model cannot be had."""
     no_model(monkeypatch)
-    for seed in range(2):
-        for masked in (0.0, 0.5):
-            write_run(tmp_path / "runs", cache, small_sae(seed + 10 * (masked > 0)), seed=seed, masked=masked)
-    return tmp_path / "runs"
+    return write_four_runs(tmp_path / "runs", cache)
 
 
 def evaluate(folder: Path, **options: object) -> dict:

@@ -3,23 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from evaluate_fixtures import planted_language, planted_sae, random_sae, turned_language, turned_sae
+from evaluate_fixtures import planted_language, planted_sae, random_sae, subject_of_tasks, turned_language, turned_sae
 
 from evaluate.metrics.ood import COLUMNS, OOD_KS, ood
 from evaluate.metrics.probing import probing
 from evaluate.rows import Rows
-from evaluate.subject import Bench, Dictionary, Learned, Subject
+from evaluate.subject import Dictionary, Learned
 from evaluate.tasks import LabelledRows, ProbeData
 
 
-def subject_of(dictionary: Dictionary, *tasks: ProbeData, seed: int = 0) -> Subject:
-    rows = tasks[0].test.source
-    bench = Bench(calibration=rows, clean=rows, tasks=tasks)
-    return Subject(name="it", dictionary=dictionary, raw=dictionary, bench=bench, held_out=rows, seed=seed)
-
-
 def measured(dictionary: Dictionary, *tasks: ProbeData, seed: int = 0) -> dict:
-    values = ood(subject_of(dictionary, *tasks, seed=seed))
+    values = ood(subject_of_tasks(dictionary, *tasks, seed=seed))
     assert {name.partition("@")[0] for name in values} <= set(COLUMNS)
     return values
 
@@ -58,7 +52,7 @@ def spurious_task(n: int = 1200, noise: float = 0.3, name: str = "task") -> Prob
 
 def test_gap_and_drop_are_differences_of_the_numbers_of_probing():
     tasks = planted_language(noise=1.5).probe_data
-    subject = subject_of(Learned(sae=random_sae()), *tasks)
+    subject = subject_of_tasks(Learned(sae=random_sae()), *tasks)
     probed: dict = dict(probing(subject))
     found: dict = dict(ood(subject))
     for k in OOD_KS:

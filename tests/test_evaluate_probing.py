@@ -10,6 +10,7 @@ from evaluate_fixtures import (
     planted_rows,
     planted_sae,
     random_sae,
+    subject_of_tasks,
     turned_language,
     turned_sae,
 )
@@ -52,14 +53,8 @@ def noisy() -> Language:
     return planted_language(noise=1.5)
 
 
-def subject_of(dictionary: Dictionary, *tasks: ProbeData, seed: int = 0) -> Subject:
-    rows = tasks[0].test.source
-    bench = Bench(calibration=rows, clean=rows, tasks=tasks)
-    return Subject(name="it", dictionary=dictionary, raw=dictionary, bench=bench, held_out=rows, seed=seed)
-
-
 def probed(dictionary: Dictionary, *tasks: ProbeData, seed: int = 0) -> dict:
-    values = probing(subject_of(dictionary, *tasks, seed=seed))
+    values = probing(subject_of_tasks(dictionary, *tasks, seed=seed))
     assert {name.partition("@")[0] for name in values} <= set(COLUMNS)
     return values
 
@@ -208,7 +203,7 @@ def test_dense_probes_are_those_of_scikit_learn(noisy):
 def test_sparse_probes_are_those_of_scikit_learn(noisy):
     (task,) = noisy.probe_data
     sae = planted_sae(0)
-    subject = subject_of(Learned(sae=sae), task)
+    subject = subject_of_tasks(Learned(sae=sae), task)
     (found,) = probe_scores(subject)
     fit, test = found.dense.draws.fits[1], found.dense.draws.parts["test"]
     latents, scored = (sae.encode(rows.taken().x).detach().numpy() for rows in (fit, test))

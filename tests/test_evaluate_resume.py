@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate_fixtures import no_model, small_cache, small_sae, write_run
+from evaluate_fixtures import no_model, small_cache, write_four_runs
 from safetensors.torch import load_file, save_file
 
 from cache_spec import DiskFull
@@ -45,11 +45,7 @@ run(folder, out=folder, metrics="core,stability")
 def runs(tmp_path, monkeypatch) -> Path:
     """Two seeds, masked and not; 9 cases with their controls."""
     no_model(monkeypatch)
-    cache = small_cache(tmp_path / "cache")
-    for seed in range(2):
-        for masked in (0.0, 0.5):
-            write_run(tmp_path / "runs", cache, small_sae(seed + 10 * (masked > 0)), seed=seed, masked=masked)
-    return tmp_path / "runs"
+    return write_four_runs(tmp_path / "runs", small_cache(tmp_path / "cache"))
 
 
 def evaluate(folder: Path, **options: object) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_fixtures import no_model, small_cache, small_sae, write_run
+from evaluate_fixtures import no_model, small_cache, small_sae, write_four_runs, write_run
 
 from cache_spec import ActivationCache
 from evaluate.command import run
@@ -25,10 +25,7 @@ def cache(tmp_path) -> ActivationCache:
 def runs(tmp_path, cache, monkeypatch) -> Path:
     """Two seeds, masked and not, on a made-up cache whose model cannot be had."""
     no_model(monkeypatch)
-    for seed in range(2):
-        for masked in (0.0, 0.5):
-            write_run(tmp_path / "runs", cache, small_sae(seed + 10 * (masked > 0)), seed=seed, masked=masked)
-    return tmp_path / "runs"
+    return write_four_runs(tmp_path / "runs", cache)
 
 
 def evaluate(folder: Path) -> dict:
