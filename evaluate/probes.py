@@ -56,14 +56,26 @@ def fit_logistic(features: Tensor, labels: Tensor, penalty: float = 1.0) -> Tens
         gradient = (pull.unsqueeze(1) @ x).squeeze(1) + problem.ridge * weights
         curvature = (problem.sample * chance * (1 - chance)).unsqueeze(-1)
         hessian = turned @ (curvature.float() * single) + ridge
-        # By Cholesky: torch's LU fails for sizes such as 171 after set_num_threads was called, and this is positive.
-        lower = torch.linalg.cholesky(hessian.double())
-        step = torch.cholesky_solve(gradient.unsqueeze(-1), lower).squeeze(-1)
+        step = _solve(hessian.double(), gradient)
         before = value
         weights, z, value = problem.shortened(weights, z, step, (x @ step.unsqueeze(-1)).squeeze(-1), value)
         if bool(((before - value) <= CONVERGED * before.abs()).all()):
             break
     return weights
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution of positive definite systems [batch, k + 1, k + 1], [batch, k + 1] -> [batch, k + 1].
+
+    The last unknown, the intercept, is eliminated, which leaves systems of k = 128 where that is the most: above 128,
+    MKL on several threads takes ten times longer for Cholesky, and its LU has failed (docs/log.md).
+    """
+    lower = torch.linalg.cholesky(matrix[:, :-1, :-1])
+    sides = torch.stack([right[:, :-1], matrix[:, :-1, -1]], dim=2)
+    solved, coupled = torch.cholesky_solve(sides, lower).unbind(2)
+    rest = matrix[:, -1, -1] - (matrix[:, -1, :-1] * coupled).sum(1)
+    last = (right[:, -1] - (matrix[:, -1, :-1] * solved).sum(1)) / rest
+    return torch.cat([solved - last.unsqueeze(1) * coupled, last.unsqueeze(1)], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

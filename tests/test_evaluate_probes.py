@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 from sklearn.linear_model import LogisticRegression
 
+from evaluate import probes
 from evaluate.latent_choice import by_scaled_difference, fit_sparse, gather, main_latents, mean_nonzero
 from evaluate.probes import (
     Standard,
@@ -179,3 +180,12 @@ def test_scores_are_of_the_sign_of_the_logit_whatever_the_batch():
     found = scores_of(np.stack([one, -one]), labels)
     assert found["accuracy"].tolist() == [[0.5, 1.0], [0.5, 0.0]]
     assert found["auc"].tolist() == [[0.75, 1.0], [0.25, 0.0]]
+
+
+@pytest.mark.parametrize("k", [1, 16, 128, 170])
+def test_positive_definite_systems_are_solved_as_numpy_does(k):
+    rng = np.random.default_rng(k)
+    roots = rng.normal(size=(3, k + 1, 2 * k + 2))
+    matrix, right = roots @ roots.transpose(0, 2, 1), rng.normal(size=(3, k + 1))
+    found = probes._solve(torch.from_numpy(matrix), torch.from_numpy(right))
+    np.testing.assert_allclose(found.numpy(), np.linalg.solve(matrix, right[..., None])[..., 0], rtol=1e-8, atol=1e-12)
