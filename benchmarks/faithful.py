@@ -23,6 +23,7 @@ from tests.plain_trainers import PlainTrainer, setup_of
 from train.config import DataConfig, RunConfig
 from train.held_out import held_out_rows
 from train.kernels import select
+from train.kernels.dense import forward
 from train.loader import MixedBatchLoader
 from train.names import available
 from train.step import TrainRun, recipe_of
@@ -57,15 +58,15 @@ def compare(config: RunConfig, loader: MixedBatchLoader, scored: Tensor) -> Row:
     losses, of_weights = [], (0.0, 0.0)
     for step in range(loader.n_steps):
         x = loader.read(step, with_masked=False).clean
-        _, loss = run.step(x, x)
+        loss = run.step(x, x).loss
         losses.append((loss.item(), plain.step(x)))
         if step < N_CLOSE:
             precise.step(x.double(), x.double())
             of_weights = _difference(run, plain), _difference(precise, plain)
     last = torch.tensor(losses[-max(1, loader.n_steps // 10) :]).mean(0).tolist()
     with torch.no_grad():
-        forward = run.kernel.forward(run.sae, scored)
-    ours, theirs = (forward.f, forward.reconstructions[-1]), plain.reconstruct(scored)
+        made = forward(run.sae, scored)
+    ours, theirs = (made.f, made.reconstructions[-1]), plain.reconstruct(scored)
     return Row(
         arch=config.arch,
         loss=(last[0], last[1]),

@@ -1,6 +1,7 @@
 """A run whose numbers are not finite stops, alone; nothing that is not finite is ever kept."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,13 +26,13 @@ def spoil(monkeypatch, name: str, at_step: int, *, weights: bool = False):
     step = TrainRun.step
 
     def spoiled(self, *rows):
-        forward, loss = step(self, *rows)
+        outcome = step(self, *rows)
         if self.config.name == name and self.n_done == at_step:
             if weights:
                 self.sae.b_enc.data[0] = torch.nan
             else:
-                loss = loss * torch.nan
-        return forward, loss
+                outcome = replace(outcome, loss=outcome.loss * torch.nan)
+        return outcome
 
     monkeypatch.setattr(TrainRun, "step", spoiled)
 

@@ -86,7 +86,7 @@ def trained(arch: str, resample_every: int, dtype: torch.dtype) -> Outcome:
             with torch.no_grad():
                 for b_enc in (run.sae.b_enc, outcome.plain.w["b_enc"]):
                     b_enc[20:24] = -3.0  # they die, for a later round to find
-        _, loss = run.step(x.to(dtype), x.to(dtype))
+        loss = run.step(x.to(dtype), x.to(dtype)).loss
         expected = outcome.plain.step(x.to(dtype))
         outcome.of_losses = max(outcome.of_losses, abs(loss.item() - expected) / expected)
         outcome.n_dead = max(outcome.n_dead, int(run.dead().sum()))

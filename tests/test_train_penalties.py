@@ -7,7 +7,7 @@ import torch
 
 from cache_spec import UserError
 from train.activations import JumpReLU, ReLU
-from train.kernels import select
+from train.kernels.dense import forward as forward_of
 from train.penalties.auxk import auxk
 from train.penalties.gate import gate as gate_penalty
 from train.penalties.l0 import l0
@@ -31,7 +31,7 @@ def view(
     sae = SparseAutoencoder(D_MODEL, D_SAE, activation, gated=gated, dtype=torch.float64)
     initialise(sae, 0, entries="uniform", norm=1.0, threshold=0.3)
     x = rows()
-    forward = select("dense", "cpu").forward(sae, x)
+    forward = forward_of(sae, x)
     return StepView(
         sae=sae,
         x=x,
@@ -108,7 +108,7 @@ def scaled(step: StepView, factor: float) -> StepView:
         for tensor in (step.sae.W_enc, step.sae.b_enc):
             tensor /= factor
         step.sae.W_dec.mul_(factor)
-    return replace(step, forward=select("dense", "cpu").forward(step.sae, step.x))
+    return replace(step, forward=forward_of(step.sae, step.x))
 
 
 @pytest.mark.parametrize("penalty", [l1, lp])

@@ -16,7 +16,7 @@ from train.activations import (
     _keep_on_cpu,
     kth_largest,
 )
-from train.kernels import select
+from train.kernels import dense
 from train.names import available, find
 from train.sae import UNSET, SparseAutoencoder, geometric_median, initialise
 
@@ -198,13 +198,12 @@ def test_the_geometric_median_has_the_least_sum_of_distances():
     assert geometric_median(torch.ones(4, 3)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", available("kernels"))
 @pytest.mark.parametrize("activation", [ReLU(), TopK(3), BatchTopK(3), JumpReLU(bandwidth=0.5)])
 @pytest.mark.parametrize("prefixes", [(D_SAE,), (3, D_SAE)])
-def test_a_kernel_gives_the_values_and_gradients_of_the_formula(name, activation, prefixes):
+def test_the_dense_kernel_gives_the_values_and_gradients_of_the_formula(activation, prefixes):
     """JumpReLU's own gradient is compared in test_train_formulas; here its weights' gradients."""
     ours, plain, x = made(activation, prefixes), made(activation, prefixes), rows(32)
-    forward = select(name, "cpu").forward(ours, x)
+    forward = dense.forward(ours, x)
     pre = (x - plain.b_dec) @ plain.W_enc + plain.b_enc
     keep = (forward.f > 0).double()  # which are kept is compared with sorting above
     f = pre * keep
@@ -216,18 +215,10 @@ def test_a_kernel_gives_the_values_and_gradients_of_the_formula(name, activation
         torch.testing.assert_close(getattr(ours, weight).grad, getattr(plain, weight).grad, msg=weight)
 
 
-def test_a_kernel_is_named_or_chosen_aloud(caplog):
-    with caplog.at_level("INFO"):
-        assert select("auto", "cpu").name == "dense"
-    assert "kernel: dense" in caplog.text
-    with pytest.raises(UserError, match="no kernel 'triton'; there are dense"):
-        select("triton", "cpu")
-
-
 @pytest.mark.parametrize("folder", ["architectures", "penalties", "corruptions", "kernels"])
 def test_a_file_defines_its_name_and_an_unknown_name_lists_the_files(folder):
     for name in available(folder):
-        assert callable(getattr(find(folder, name), "forward" if folder == "kernels" else name))
+        assert callable(getattr(find(folder, name), "engine" if folder == "kernels" else name))
     with pytest.raises(UserError, match=", ".join(available(folder))):
         find(folder, "nothing")
     with pytest.raises(UserError):

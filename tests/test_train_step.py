@@ -10,11 +10,12 @@ from train_fixtures import RUN, WITHOUT_K, run_config
 from cache_spec import UserError
 from train.activations import JumpReLU
 from train.kernels import select
+from train.kernels.dense import forward
+from train.losses import inconsistency
 from train.names import available, find
 from train.sae import geometric_median
 from train.step import (
     TrainRun,
-    inconsistency,
     learning_rate,
     penalties_of,
     recipe_of,
@@ -66,20 +67,20 @@ def test_the_device_is_asked_for_dead_latents_only_when_there_can_be_one(monkeyp
     asked, found = [], []
     original = torch.Tensor.max
     monkeypatch.setattr(torch.Tensor, "max", lambda self: asked.append(run.n_done) or original(self))
-    count = run._count_silence
+    count = run.count_silence
     silent = torch.zeros(32, dtype=torch.int64)
 
-    def checked(f):
+    def checked(fired, n_rows):
         nonlocal silent
-        dead = count(f)
-        silent = torch.where((f > 0).any(0), 0, silent + len(f))
+        dead = count(fired, n_rows)
+        silent = torch.where(fired, 0, silent + n_rows)
         assert (dead is not None) == bool((silent >= 160).any())
         if dead is not None:
             assert dead.equal((silent >= 160).nonzero().squeeze(1))
             found.append(run.n_done)
         return dead
 
-    monkeypatch.setattr(run, "_count_silence", checked)
+    monkeypatch.setattr(run, "count_silence", checked)
     for seed in range(40):
         run.step(batch(seed), batch(seed))
     assert found, "no latent died, so nothing was tested"
@@ -188,7 +189,7 @@ def test_an_architecture_s_own_penalties_fit_it(arch):
     recipe = recipe_of(config)
     try_penalties(config, recipe)  # refuses one that does not fit
     run = make_run(arch=arch)
-    _, loss = run.step(batch(0), batch(0))
+    loss = run.step(batch(0), batch(0)).loss
     assert penalties_of(config, recipe)
     assert loss.isfinite()
 
@@ -197,16 +198,16 @@ def test_penalties_can_be_changed_added_and_switched_off():
     config = run_config("topk", penalties=("auxk=0", "l1=0.5"))
     assert penalties_of(config, recipe_of(config)) == {"auxk": 0.0, "l1": 0.5}
     runs = [make_run(arch="topk", penalties=penalties, sparsity_warmup_steps=0) for penalties in ((), ("l1=0.5",))]
-    (_, plain), (forward, with_l1) = (run.step(batch(0), batch(0)) for run in runs)
-    assert with_l1.item() == pytest.approx(plain.item() + 0.5 * forward.f.sum(1).mean().item(), rel=1e-6)
+    f = forward(runs[0].sae, batch(0)).f
+    plain, with_l1 = (run.step(batch(0), batch(0)).loss for run in runs)
+    assert with_l1.item() == pytest.approx(plain.item() + 0.5 * f.sum(1).mean().item(), rel=1e-6)
 
 
 def test_a_loss_that_warms_up_starts_without_its_penalty():
     run = make_run(arch="standard", penalties=("l1=100",))
-    forward, loss = run.step(batch(0), batch(0))
-    assert loss.item() == pytest.approx((batch(0) - forward.reconstructions[0]).square().sum(1).mean().item())
-    forward, loss = run.step(batch(0), batch(0))
-    assert loss.item() > 1.5 * (batch(0) - forward.reconstructions[0]).square().sum(1).mean().item()
+    first, second = run.step(batch(0), batch(0)), run.step(batch(0), batch(0))
+    assert first.loss.item() == pytest.approx((batch(0) - first.reconstruction).square().sum(1).mean().item())
+    assert second.loss.item() > 1.5 * (batch(0) - second.reconstruction).square().sum(1).mean().item()
 
 
 RESUMED = {
@@ -233,7 +234,7 @@ def test_two_hundred_steps_are_a_hundred_a_restore_and_a_hundred_more_to_the_bit
             x = batch(seed)
             target = x if d_out is None else x[:, :5] * x[:, 3:]
             pair = {"twin": batch(seed + 999), "paired": torch.arange(32) % 3 > 0} if run.config.consistency else {}
-            losses.append(run.step(x, target, **pair)[1].item())
+            losses.append(run.step(x, target, **pair).loss.item())
         return losses
 
     whole = new()
@@ -258,7 +259,7 @@ def test_consistency_is_the_distance_of_the_codes_over_rows_whose_own_token_is_t
     f, others = plain.sae.encode(x), plain.sae.encode(twin)
     expected = 0.5 * (f - others)[:10].square().sum(1).mean().item()
     assert expected > 0.001
-    (_, loss), (_, with_pull) = plain.step(x, x), pulled.step(x, x, twin=twin, paired=paired)
+    loss, with_pull = plain.step(x, x).loss, pulled.step(x, x, twin=twin, paired=paired).loss
     assert with_pull.item() == pytest.approx(loss.item() + expected, rel=1e-5)
 
 
@@ -271,13 +272,13 @@ def test_consistency_draws_the_two_views_together(arch):
         run.start_at(x)
         for _ in range(20):
             run.step(x, x, twin=twin, paired=paired)
-        distances.append(inconsistency(run.sae, run.kernel.forward(run.sae, x).f, twin, paired).item())
+        distances.append(inconsistency(run.sae, forward(run.sae, x).f, twin, paired).item())
     assert distances[1] < 0.8 * distances[0]
 
 
 def test_consistency_is_nothing_without_paired_rows_and_for_a_view_that_is_the_same():
     sae, x, none = make_run().sae, batch(0), torch.zeros(32, dtype=torch.bool)
-    f = select("dense", "cpu").forward(sae, x).f
+    f = forward(sae, x).f
     assert inconsistency(sae, f, batch(1), none).item() == 0
     assert inconsistency(sae, f, x, ~none).item() == 0
 
@@ -290,7 +291,7 @@ def test_a_weight_that_is_not_finite_shows_in_the_loss_and_nothing_raises(arch, 
     run.start_at(batch(0))
     with torch.no_grad():
         getattr(run.sae, weight)[3:5] = torch.nan
-    _, loss = run.step(batch(0), batch(0))
+    loss = run.step(batch(0), batch(0)).loss
     assert not loss.isfinite()
     run.step(batch(1), batch(1))
 
@@ -305,15 +306,15 @@ def test_single_precision_follows_double(arch):
     for run in runs:
         run.start_at(batch(0).to(run.sae.b_dec.dtype))
     for seed in range(8):
-        (one, _), (other, _) = (run.step(*[batch(seed).to(run.sae.b_dec.dtype)] * 2) for run in runs)
-        torch.testing.assert_close(one.reconstructions[-1].double(), other.reconstructions[-1], rtol=1e-4, atol=1e-4)
+        one, other = (run.step(*[batch(seed).to(run.sae.b_dec.dtype)] * 2).reconstruction for run in runs)
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
 def test_another_target_is_reconstructed():
     x, target = batch(0), batch(1)
     run = make_run(arch="topk")
-    forward, loss = run.step(x, target)
-    assert loss.item() == pytest.approx((forward.reconstructions[-1] - target).square().sum(1).mean().item())
+    outcome = run.step(x, target)
+    assert outcome.loss.item() == pytest.approx((outcome.reconstruction - target).square().sum(1).mean().item())
 
 
 @pytest.mark.parametrize(("name", "strength"), [("gaussian", 0.4), ("dropout", 0.2)])

@@ -6,6 +6,7 @@ from train_fixtures import run_config
 
 from train.activations import BatchTopK, ReLU, TopK
 from train.kernels import select
+from train.kernels.dense import forward as forward_of
 from train.names import available
 from train.sae import SparseAutoencoder, initialise
 from train.step import TrainRun, new_sae, recipe_of
@@ -31,7 +32,7 @@ def test_every_architecture_learns_a_map_to_another_space(arch, skip):
     losses = []
     for step in range(150):
         x = rows(step)
-        losses.append(run.step(x, torch.relu(x @ mixing - 0.3))[1].item())
+        losses.append(run.step(x, torch.relu(x @ mixing - 0.3)).loss.item())
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
@@ -68,7 +69,7 @@ def test_a_skip_starts_at_zero_and_takes_over_what_is_linear():
         assert run.sae.W_skip is None or not run.sae.W_skip.any()
         run.start_at(rows(0), rows(0) @ mixing)
         for step in range(399):
-            _, loss = run.step(rows(step), rows(step) @ mixing)
+            loss = run.step(rows(step), rows(step) @ mixing).loss
         errors.append(loss.item())
     assert errors[1] < 0.1 * errors[0]
     assert run.sae.W_skip is not None
@@ -118,7 +119,7 @@ def test_a_gate_says_which_and_magnitudes_how_much_with_the_gradients_of_the_for
     """And any activation may be the gate."""
     ours, plain, x = gated(activation), gated(activation), rows(4, dtype=torch.float64)
     weight = torch.randn(32, D_SAE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    forward = select("dense", "cpu").forward(ours, x)
+    forward = forward_of(ours, x)
     assert forward.gate is not None
     is_open = (forward.gate > 0).detach()
     hidden = (x - plain.b_dec) @ plain.W_enc
@@ -136,7 +137,7 @@ def test_a_gate_says_which_and_magnitudes_how_much_with_the_gradients_of_the_for
 def test_a_gated_sae_in_use_is_the_same_and_another_threshold_moves_its_gate():
     sae, x = gated(ReLU()), rows(4, dtype=torch.float64)
     f = sae.encode(x)
-    torch.testing.assert_close(f, select("dense", "cpu").forward(sae, x).f)
+    torch.testing.assert_close(f, forward_of(sae, x).f)
     higher = sae.with_threshold(0.2).encode(x)
     is_open = sae.pre_activations(x) > 0.2
     assert higher.equal(torch.where(is_open, f, 0.0))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 POSITIONS = ("all", "drop_masked", "only_masked")
 TARGETS = ("self", "clean")
+PRECISIONS = ("fp32", "bf16")
 HOW_READ = ("io", "readers", "read_ahead")  # fields of DataConfig that change no result
 
 
@@ -61,6 +62,8 @@ class RunConfig:
     """Coefficients that differ from the architecture's own, such as l1=0.02."""
     skip: bool = False
     """A transcoder gets a linear path from input to output beside the latents (Paulo et al. 2025)."""
+    precision: str = "fp32"
+    """Of matrix products: fp32, or bf16 with weights, moments and losses in float32."""
     lr: float = 3e-4
     beta1: float | None = None
     """Adam's first moment keeps this much each step."""

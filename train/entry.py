@@ -12,11 +12,10 @@ from cache_spec.files import remove_stale_partials
 from cache_spec.seeds import derive_seed
 from train.checkpoint import append_log, checkpoint_step, restore_checkpoint, save_checkpoint
 from train.config import RunConfig
-from train.kernels._select import Kernel
+from train.engine import Kernel, Outcome
 from train.loader import MixedBatchLoader
 from train.mixing import Batch
 from train.names import find, parse_setting
-from train.recipe import Forward
 from train.run_folder import FAILED, TRAINING, read_facts, write_facts
 from train.step import TrainRun, learning_rate
 from train.tracking import OpenTracker, Tracker
@@ -31,6 +30,7 @@ class Entry:
     config: RunConfig
     folder: Path
     facts: dict[str, Any]
+    kernel: Kernel
     run: TrainRun | None = None
     tracker: Tracker | None = None
     latest: dict[str, Any] = field(default_factory=dict)
@@ -54,14 +54,14 @@ class Entry:
         """What decides its batches: runs that agree in this share them."""
         return self.config.masked_fraction, self.config.masked_schedule, self.config.consistency > 0
 
-    def start(self, loader: MixedBatchLoader, kernel: Kernel, open_tracker: OpenTracker | None) -> None:
+    def start(self, loader: MixedBatchLoader, open_tracker: OpenTracker | None) -> None:
         """Build the SAE, and take it up at its last checkpoint if there is one."""
         device = str(loader.device)
         self.run = TrainRun(
             self.config,
             loader.hook.d_model,
             loader.n_steps,
-            kernel,
+            self.kernel,
             device=device,
             d_out=loader.d_out if loader.data.target_hook else None,
         )
@@ -83,20 +83,20 @@ class Entry:
         run = self.training
         x, target = self._views(batch, loader)
         if self.config.consistency:
-            forward, loss = run.step(x, target, twin=batch.twin, paired=batch.paired)
+            outcome = run.step(x, target, twin=batch.twin, paired=batch.paired)
         else:
-            forward, loss = run.step(x, target)
+            outcome = run.step(x, target)
         last = run.n_done == loader.n_steps
         checkpoint = run.n_done % checkpoint_every == 0 and not last
         every = max(1, min(LOG_EVERY, loader.n_steps // LOG_EVERY))
         log = last or checkpoint or run.n_done % every == 0
-        self._count_finite(loss)
+        self._count_finite(outcome.loss)
         if log or loader.device.type == "cpu":  # elsewhere a look would make everybody wait for the device
-            self._look(loss, at_weights=last or checkpoint)
+            self._look(outcome.loss, at_weights=last or checkpoint)
         if self.failure:
             return
         if log:
-            self._log(forward, loss, target)
+            self._log(outcome, target)
         if checkpoint:
             save_checkpoint(self.folder, run)
 
@@ -146,8 +146,8 @@ class Entry:
             self.tracker.finish()
             self.tracker = None
 
-    def _log(self, forward: Forward, loss: Tensor, target: Tensor) -> None:
-        self.latest = log_line(self.training, forward, loss, target)
+    def _log(self, outcome: Outcome, target: Tensor) -> None:
+        self.latest = log_line(self.training, outcome, target)
         append_log(self.folder, self.latest)
         if self.tracker is not None:
             self.tracker.log(self.latest)
@@ -159,17 +159,17 @@ class Entry:
 
 
 @torch.no_grad()
-def log_line(run: TrainRun, forward: Forward, loss: Tensor, target: Tensor) -> dict[str, Any]:
+def log_line(run: TrainRun, outcome: Outcome, target: Tensor) -> dict[str, Any]:
     """What log.jsonl says of a step; None where a number is none."""
-    error = (target - forward.reconstructions[-1]).square().sum()
+    error = (target - outcome.reconstruction).square().sum()
     variance = (target - target.mean(0)).square().sum()
     explained = (1 - error / variance).item()
     return {
         "step": run.n_done,
         "tokens": run.n_done * len(target),
-        "loss": loss.item(),
+        "loss": outcome.loss.item(),
         "explained_variance": explained if math.isfinite(explained) else None,
-        "l0": (forward.f > 0).sum().item() / len(target),
+        "l0": outcome.n_active.item() / len(target),
         "n_dead": int(run.dead().sum()),
         "lr": learning_rate(run.config, run.n_done - 1, run.n_steps),
     }

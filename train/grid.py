@@ -9,7 +9,7 @@ from itertools import product
 import torch
 
 from cache_spec.errors import UserError
-from train.config import DataConfig, RunConfig
+from train.config import PRECISIONS, DataConfig, RunConfig
 from train.mixing import rising_steps
 from train.names import find, parse_setting, short_number
 from train.scale import Scale, matched_corruption
@@ -46,6 +46,7 @@ class Settings:
 
     masked_schedule: str = RunConfig.masked_schedule
     skip: bool = RunConfig.skip
+    precision: str = RunConfig.precision
     beta1: float | None = RunConfig.beta1
     clip_norm: float | None = RunConfig.clip_norm
     decoder: str = RunConfig.decoder
@@ -112,7 +113,11 @@ def _check_numbers(run: RunConfig) -> None:
 
 
 def _check_settings(settings: Settings, data: DataConfig) -> None:
-    known = {"decoder": ("", "unit", "free"), "init_b_dec": ("", "zero", "median", "mean")}
+    known = {
+        "decoder": ("", "unit", "free"),
+        "init_b_dec": ("", "zero", "median", "mean"),
+        "precision": ("", *PRECISIONS),
+    }
     for name, values in known.items():
         if getattr(settings, name) not in values:
             option = name.replace("_", "-")

@@ -3,9 +3,24 @@
 import torch
 from torch import Tensor
 
+from cache_spec.seeds import derive_seed
+from train.recipe import StepView
 from train.sae import SparseAutoencoder
+from train.step import TrainRun
 
 ENCODER_SHARE = 0.2  # length of a new encoder direction, as a share of the living ones' mean length
+
+
+@torch.no_grad()
+def resample_dead(run: TrainRun, view: StepView) -> None:
+    """At every `resample_every`-th step, while the learning rate has not begun to fall: too late to learn."""
+    config, every = run.config, run.config.resample_every
+    if not every or (run.n_done + 1) % every or run.n_done >= config.decay_start:
+        return
+    dead = run.silent_tokens >= every * len(view.x)  # since the last time, or since the start
+    errors = (view.target - view.forward.reconstructions[-1]).square().sum(-1)
+    seed = derive_seed("train/resample", config.seed, run.n_done)
+    run.silent_tokens[resample(run.sae, run.optimizer, dead, view.x, view.target, errors, seed)] = 0
 
 
 @torch.no_grad()

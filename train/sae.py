@@ -53,7 +53,8 @@ class SparseAutoencoder(nn.Module):
         assert self.prefixes[-1] == d_sae
         assert list(self.prefixes) == sorted(set(self.prefixes))
         self.subtract_b_dec = subtract_b_dec
-        self.W_enc = nn.Parameter(torch.zeros(d_model, d_sae, dtype=dtype))
+        # In memory latent by latent, as W_dec is: sparse kernels gather the rows of both.
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_model, dtype=dtype).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, dtype=dtype))
@@ -125,6 +126,16 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, d_model] -> its reconstruction, or what a transcoder makes of it [batch, d_out]."""
         return self.decode(self.encode(x), x)
+
+    @torch.no_grad()
+    def keep_threshold(self) -> None:
+        """Hold a trained threshold at 0 or above.
+
+        Below 0 it would let negative codes through in training, which no finished SAE has, and the penalty would
+        count every silent latent as active.
+        """
+        if self.threshold is not None and self.activation.threshold == TRAINED:
+            self.threshold.clamp_(min=0.0)
 
     def with_threshold(self, threshold: float | Tensor) -> "SparseAutoencoder":
         """An SAE with the same weights (shared) that is on where pre-activations are positive and above `threshold`."""

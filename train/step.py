@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from cache_spec.errors import UserError
-from cache_spec.seeds import derive_seed
-from train.activations import TRAINED, JumpReLU
+from train.activations import JumpReLU
 from train.annealing import Annealing
 from train.config import RunConfig
-from train.kernels._select import Kernel
+from train.engine import Kernel, Outcome
 from train.names import find, parse_setting
 from train.penalties._codes import weighted_codes
 from train.recipe import Forward, Recipe, StepView
-from train.resampling import resample
 from train.sae import SparseAutoencoder, geometric_median, initialise
 
 
@@ -140,10 +138,10 @@ class TrainRun:
         dtype: torch.dtype = torch.float32,
         d_out: int | None = None,
     ) -> None:
-        self.config, self.n_steps, self.kernel = config, n_steps, kernel
+        self.config, self.n_steps = config, n_steps
         self.recipe = recipe_of(config, transcoder=d_out is not None)
         coefficients = {name: value for name, value in penalties_of(config, self.recipe).items() if value}
-        self._penalties = [(getattr(find("penalties", name), name), value) for name, value in coefficients.items()]
+        self.penalties = [(getattr(find("penalties", name), name), value) for name, value in coefficients.items()]
         self.sae = new_sae(
             self.recipe, d_model, config.d_sae, config.seed, d_out=d_out, skip=config.skip, dtype=dtype
         ).to(device)
@@ -162,6 +160,8 @@ class TrainRun:
         self.n_done = 0  # steps
         self.silent_tokens = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # since each latent fired
         self._no_dead_until = config.dead_tokens  # tokens seen before which no latent can be dead
+        self.kernel = kernel
+        self._engine = kernel.engine(self)
 
     @torch.no_grad()
     def start_at(self, x: Tensor, target: Tensor | None = None) -> None:
@@ -176,59 +176,40 @@ class TrainRun:
         elif self.recipe.init_b_dec == "mean":
             self.sae.b_dec.copy_(rows.mean(0))
 
-    def step(
-        self, x: Tensor, target: Tensor, twin: Tensor | None = None, paired: Tensor | None = None
-    ) -> tuple[Forward, Tensor]:
-        """One update on rows [batch, d_model]; gives what came out before it and the loss (a scalar on the device).
+    def step(self, x: Tensor, target: Tensor, twin: Tensor | None = None, paired: Tensor | None = None) -> Outcome:
+        """One update on rows [batch, d_model]; gives what came out before it.
 
         `twin` [batch, d_model] are the same rows in their other view, and `paired` [batch] bool says whose own token
         is the same in both; the run's consistency needs them.
         """
-        forward = self.kernel.forward(self.sae, x)
-        view = self._view(x, target, forward)
-        loss = nested_error(forward.reconstructions, target)
-        for penalty, coefficient in self._penalties:
-            loss = loss + coefficient * penalty(view)
-        if self.config.consistency:
-            assert twin is not None
-            assert paired is not None
-            loss = loss + self.config.consistency * inconsistency(self.sae, forward.f, twin, paired)
-        loss.backward()
-        self._update()
-        self._move_threshold(forward.smallest)
+        outcome = self._engine.step(x, target, twin, paired)
+        self._move_threshold(outcome.smallest)
+        self.n_done += 1
+        return outcome
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self.config, self.n_done, self.n_steps)
+
+    @property
+    def sparsity_scale(self) -> float:
+        """How far sparsity penalties are warmed up, 0 to 1."""
+        warmup = self.config.sparsity_warmup_steps
+        return min(self.n_done / warmup, 1.0) if warmup else 1.0
+
+    def observe(self, view: StepView) -> None:
+        """Let the annealing of a power see the codes of a step."""
         if self.annealing is not None:
             self.annealing.observe(weighted_codes(view), self.n_done)
-        self._resample(view)
-        self.n_done += 1
-        return forward, loss.detach()
 
-    def _view(self, x: Tensor, target: Tensor, forward: Forward) -> StepView:
-        config = self.config
-        return StepView(
-            sae=self.sae,
-            x=x,
-            target=target,
-            forward=forward,
-            dead=self._count_silence(forward.f),
-            sparsity_scale=min(self.n_done / config.sparsity_warmup_steps, 1.0)
-            if config.sparsity_warmup_steps
-            else 1.0,
-            k=config.k,
-            decoder=self.recipe.decoder,
-            aux_k=config.aux_k,
-            p=1.0 if self.annealing is None else self.annealing.p(self.n_done),
-            p_rescale=1.0 if self.annealing is None else self.annealing.rescale,
-        )
-
-    @torch.no_grad()
-    def _count_silence(self, f: Tensor) -> Tensor | None:
-        """Count tokens since each latent fired; the numbers of the dead latents, None if there are none.
+    def count_silence(self, fired: Tensor, n_rows: int) -> Tensor | None:
+        """Count tokens since each latent fired ([d_sae] bool); the numbers of the dead latents, None without any.
 
         The device is only asked when a latent can be dead by now: the longest silence so far bounds all later ones.
         """
-        n_rows = f.shape[0]
         self.silent_tokens += n_rows
-        self.silent_tokens.masked_fill_(f.amax(0) > 0, 0)
+        self.silent_tokens.masked_fill_(fired, 0)
         n_tokens = (self.n_done + 1) * n_rows
         if n_tokens < self._no_dead_until:
             return None
@@ -241,39 +222,6 @@ class TrainRun:
     def dead(self) -> Tensor:
         """[d_sae] bool: latents that have been silent for `dead_tokens`."""
         return self.silent_tokens >= self.config.dead_tokens
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        W_dec, fixed = self.sae.W_dec, self.recipe.decoder == "unit"
-        if fixed:
-            gradient = W_dec.grad
-            assert gradient is not None
-            # the part of the gradient along a decoder row would only change its length, which is fixed
-            along = (gradient * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True)
-            gradient.addcmul_(W_dec, along, value=-1.0)
-        if self.recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.clip_norm)
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.n_done, self.n_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if fixed:
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-        if self.sae.activation.threshold == TRAINED:
-            assert self.sae.threshold is not None
-            # Below 0 a threshold would let negative codes through in training, which no finished SAE has, and the
-            # penalty would count every silent latent as active.
-            self.sae.threshold.clamp_(min=0.0)
-
-    @torch.no_grad()
-    def _resample(self, view: StepView) -> None:
-        """At every `resample_every`-th step, while the learning rate has not begun to fall: too late to learn."""
-        every = self.config.resample_every
-        if not every or (self.n_done + 1) % every or self.n_done >= self.config.decay_start:
-            return
-        dead = self.silent_tokens >= every * len(view.x)  # since the last time, or since the start
-        errors = (view.target - view.forward.reconstructions[-1]).square().sum(-1)
-        seed = derive_seed("train/resample", self.config.seed, self.n_done)
-        self.silent_tokens[resample(self.sae, self.optimizer, dead, view.x, view.target, errors, seed)] = 0
 
     @torch.no_grad()
     def _move_threshold(self, smallest: Tensor | None) -> None:
@@ -291,37 +239,19 @@ class TrainRun:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
         annealing = {} if self.annealing is None else self.annealing.state()
-        return {**tensors, **annealing, "silent_tokens": self.silent_tokens}
+        return {**tensors, **annealing, **self._engine.state(), "silent_tokens": self.silent_tokens}
 
     def restore(self, tensors: dict[str, Tensor], n_done: int) -> None:
         """Take up `state` as it was after `n_done` steps."""
         device = self.silent_tokens.device
         self.sae.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("sae.")})
         for name, parameter in self.sae.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            moments: dict[str, Any] = {key: tensors[f"adam.{name}.{key}"].to(device).clone() for key in keys}
+            moments: dict[str, Any] = {"step": tensors[f"adam.{name}.step"].to(device).clone()}
+            for key in ("exp_avg", "exp_avg_sq"):  # in the layout of the parameter, whatever the file has
+                moments[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"adam.{name}.{key}"])
             self.optimizer.state[parameter] = moments
         self.silent_tokens = tensors["silent_tokens"].to(device).clone()
         if self.annealing is not None:
             self.annealing.restore(tensors)
+        self._engine.restore(tensors)
         self.n_done = n_done
-
-
-def nested_error(reconstructions: list[Tensor], target: Tensor) -> Tensor:
-    """Squared error: summed over d_model, averaged over rows and prefixes, each prefix weighted by 1 / their number.
-
-    The weight is dictionary_learning's (1/25 of the sum for five prefixes); it decides how much AuxK counts.
-    """
-    errors = [(target - reconstruction).square().sum() for reconstruction in reconstructions]
-    return torch.stack(errors).sum() / (target.shape[0] * len(errors) ** 2)
-
-
-def inconsistency(sae: SparseAutoencoder, f: Tensor, twin: Tensor, paired: Tensor) -> Tensor:
-    """Squared distance between the codes [batch, d_sae] and those of the rows' other view, averaged over paired rows.
-
-    0 if no row is paired. The twins are a batch of their own to an activation that looks at the whole batch.
-    """
-    pre = sae.pre_activations(twin)
-    others = sae.codes(pre, sae.activation.train(pre, sae.threshold)[0])
-    distances = (f - others).square().sum(-1)
-    return torch.where(paired, distances, 0.0).sum() / paired.sum().clamp(min=1)

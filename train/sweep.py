@@ -14,11 +14,12 @@ from cache_spec.errors import CacheDamaged, UserError
 from cache_spec.progress import Progress
 from train.calibration import calibrate, calibration_rows, has_running_threshold
 from train.checkpoint import checkpoint_step, discard_damaged, last_logged, remove_checkpoints, save_checkpoint
+from train.choosing import kernels_for
 from train.config import RunConfig
+from train.engine import Kernel
 from train.entry import Entry
 from train.facts import differing_facts, run_facts
 from train.held_out import held_out_rows, held_out_targets, measure_held_out
-from train.kernels._select import Kernel, select
 from train.loader import MixedBatchLoader
 from train.mixing import Rows
 from train.passes import needed_bytes, passes_sentence, split, threads_of
@@ -69,8 +70,7 @@ def train_sweep(
     cache. A run whose loss is not finite ends with the status "failed", and the others go on. Raises UserError,
     before anything is written, for a folder that holds another run of the same name or that another process trains.
     """
-    chosen = select(kernel, loader.device.type)
-    entries = _prepare(loader, configs, out, chosen, resume)
+    entries = _prepare(loader, configs, out, kernels_for(loader, configs, kernel), resume)
     waiting = [entry for entry in entries if entry.is_waiting]
     split([entry.config for entry in waiting], loader, n_threads, memory)  # refuses what does not fit
     held_out: _HeldOut = (None, None)
@@ -86,7 +86,7 @@ def train_sweep(
         if len(passes) > 1:
             needed = needed_bytes([entry.config for entry in waiting], loader, n_threads)
             _log.info("%s", passes_sentence(passes, needed, memory))
-        sweep = _Sweep(loader, chosen, checkpoint_every, n_threads, open_tracker, held_out)
+        sweep = _Sweep(loader, checkpoint_every, n_threads, open_tracker, held_out)
         sweep.run([[by_name[config.name] for config in part] for part in passes])
     return [entry.facts for entry in entries]
 
@@ -103,12 +103,12 @@ def failures_sentence(facts: Sequence[dict[str, Any]]) -> str:
 
 
 def _prepare(
-    loader: MixedBatchLoader, configs: Sequence[RunConfig], out: Path, kernel: Kernel, resume: bool
+    loader: MixedBatchLoader, configs: Sequence[RunConfig], out: Path, kernels: Sequence[Kernel], resume: bool
 ) -> list[Entry]:
     """Check every folder before the first is touched."""
     check_out(out)
     entries = []
-    for config in configs:
+    for config, kernel in zip(configs, kernels, strict=True):
         folder = out / config.name
         facts, old = run_facts(config, loader, kernel), read_facts(folder)
         if old is not None:
@@ -116,7 +116,7 @@ def _prepare(
             facts = old
         elif folder.exists() and (not folder.is_dir() or holds_files(folder)):
             raise UserError(f"{folder} is there and is no run; move it away or name another --out")
-        entries.append(Entry(config=config, folder=folder, facts=facts))
+        entries.append(Entry(config=config, folder=folder, facts=facts, kernel=kernel))
     return entries
 
 
@@ -151,13 +151,12 @@ class _Sweep:
     def __init__(
         self,
         loader: MixedBatchLoader,
-        kernel: Kernel,
         checkpoint_every: int,
         n_threads: int,
         open_tracker: OpenTracker | None,
         held_out: _HeldOut,
     ) -> None:
-        self._loader, self._kernel, self._open_tracker, self._held_out = loader, kernel, open_tracker, held_out
+        self._loader, self._open_tracker, self._held_out = loader, open_tracker, held_out
         self._checkpoint_every, self._n_threads = checkpoint_every, n_threads
 
     def run(self, passes: list[list[Entry]]) -> None:
@@ -175,7 +174,7 @@ class _Sweep:
                     _log.info("pass %s of %s: %s SAEs", i + 1, len(passes), len(part))
                 with _closed(part), _kept_at_ctrl_c(part), _kept_at_damage(part), _memory_as_sentence():
                     for entry in part:
-                        entry.start(loader, self._kernel, self._open_tracker)
+                        entry.start(loader, self._open_tracker)
                     self._train(part, progress)
                     self._finish([entry for entry in part if entry.run is not None])
 

@@ -1,29 +1,45 @@
 """The choice of a kernel: made once, aloud."""
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from cache_spec.errors import UserError
+from train.engine import Job, Kernel
+from train.kernels._cost import saving
+from train.names import available, find
 
-from torch import Tensor
-
-from train.names import find
-from train.recipe import Forward
-from train.sae import SparseAutoencoder
-
-_log = logging.getLogger(__name__)
+AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A name and a function (sae, x [batch, d_model]) -> Forward."""
+def select(name: str, device: str, job: Job | None = None) -> Kernel:
+    """The kernel of that name; with "auto" the one that should be the fastest for the job on the device.
 
-    name: str
-    forward: Callable[[SparseAutoencoder, Tensor], Forward]
+    Raises UserError for an unknown name, and for a kernel that cannot train the job: a kernel that is named is that
+    one or an error. Without a job nothing is known of the shape, and "auto" is dense.
+    """
+    if name == AUTO:
+        name, why = _fastest(device, job) if job is not None else ("dense", "the shape is not known")
+        return Kernel(name, find("kernels", name).engine, why)
+    module = find("kernels", name)
+    if problem := module.unavailable(device):
+        raise UserError(f"--kernel {name} {problem}; take another, or auto")
+    if job is not None and (problem := module.refusal(job)):
+        raise UserError(f"--kernel {name} cannot train {job.config.name or job.config.arch}: {problem}; take auto")
+    return Kernel(name, module.engine)
 
 
-def select(name: str, device: str) -> Kernel:
-    """The kernel of that name; with "auto" the best for the device. Raises UserError for an unknown name."""
-    if name == "auto":
-        name = "dense"  # the only one so far, on every device
-        _log.info("kernel: dense (auto, on %s)", device)
-    return Kernel(name, find("kernels", name).forward)
+def _fastest(device: str, job: Job) -> tuple[str, str]:
+    """Name and reason."""
+    reasons = []
+    for name in (name for name in ("triton", "sparse") if name in available("kernels")):
+        module = find("kernels", name)
+        if problem := module.unavailable(device):
+            if name != "triton" or device.startswith("cuda"):
+                reasons.append(f"{name} {problem}")
+            continue
+        if problem := module.refusal(job):
+            reasons.append(f"{name} cannot: {problem}")
+            continue
+        worth, words = saving(job, device)
+        if worth:
+            return name, words
+        reasons.append(words)
+        break
+    return "dense", "; ".join(reasons)

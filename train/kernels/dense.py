@@ -1,9 +1,28 @@
 """The plain kernel: dense matrix products and autograd. The others are compared with it."""
 
+import torch
 from torch import Tensor
 
-from train.recipe import Forward
+from train.engine import Job, Outcome
+from train.losses import inconsistency, nested_error
+from train.recipe import Forward, StepView
+from train.resampling import resample_dead
 from train.sae import SparseAutoencoder
+from train.step import TrainRun
+
+
+def unavailable(device: str) -> str:
+    """Why it cannot run on a device; empty: it runs on all."""
+    return ""
+
+
+def refusal(job: Job) -> str:
+    """Why it cannot train a run; empty: it can train all."""
+    return ""
+
+
+def engine(run: TrainRun) -> "Dense":
+    return Dense(run)
 
 
 def forward(sae: SparseAutoencoder, x: Tensor) -> Forward:
@@ -13,3 +32,78 @@ def forward(sae: SparseAutoencoder, x: Tensor) -> Forward:
     f = sae.codes(pre, active)
     gate = None if sae.r_mag is None else active
     return Forward(f=f, reconstructions=sae.decode_prefixes(f, x), smallest=smallest, gate=gate)
+
+
+class Dense:
+    """Steps by autograd. With bf16 the products run in it, under autocast; losses and weights stay in float32."""
+
+    def __init__(self, run: TrainRun) -> None:
+        self._run = run
+
+    def step(self, x: Tensor, target: Tensor, twin: Tensor | None, paired: Tensor | None) -> Outcome:
+        """As Engine says."""
+        run = self._run
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+            made = forward(run.sae, x)
+            view = self._view(x, target, made)
+            loss = nested_error(made.reconstructions, target)
+            for penalty, coefficient in run.penalties:
+                loss = loss + coefficient * penalty(view)
+            if run.config.consistency:
+                assert twin is not None
+                assert paired is not None
+                loss = loss + run.config.consistency * inconsistency(run.sae, made.f, twin, paired)
+        loss.backward()
+        self._update()
+        run.observe(view)
+        resample_dead(run, view)
+        return Outcome(
+            loss=loss.detach(),
+            reconstruction=made.reconstructions[-1].detach().to(target.dtype),
+            n_active=(made.f.detach() > 0).sum(),
+            smallest=None if made.smallest is None else made.smallest.to(target.dtype),
+        )
+
+    def _view(self, x: Tensor, target: Tensor, made: Forward) -> StepView:
+        run, config = self._run, self._run.config
+        with torch.no_grad():
+            dead = run.count_silence(made.f.amax(0) > 0, len(x))
+        return StepView(
+            sae=run.sae,
+            x=x,
+            target=target,
+            forward=made,
+            dead=dead,
+            sparsity_scale=run.sparsity_scale,
+            k=config.k,
+            decoder=run.recipe.decoder,
+            aux_k=config.aux_k,
+            p=1.0 if run.annealing is None else run.annealing.p(run.n_done),
+            p_rescale=1.0 if run.annealing is None else run.annealing.rescale,
+        )
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        run = self._run
+        W_dec, fixed = run.sae.W_dec, run.recipe.decoder == "unit"
+        if fixed:
+            gradient = W_dec.grad
+            assert gradient is not None
+            # the part of the gradient along a decoder row would only change its length, which is fixed
+            along = (gradient * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True)
+            gradient.addcmul_(W_dec, along, value=-1.0)
+        if run.recipe.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(run.sae.parameters(), run.recipe.clip_norm)
+        run.optimizer.param_groups[0]["lr"] = run.lr
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if fixed:
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+        run.sae.keep_threshold()
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: the run's own state is all."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to take up."""
