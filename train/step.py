@@ -140,14 +140,14 @@ class TrainRun:
     ) -> None:
         self.config, self.n_steps = config, n_steps
         self.recipe = recipe_of(config, transcoder=d_out is not None)
-        coefficients = {name: value for name, value in penalties_of(config, self.recipe).items() if value}
-        self.penalties = [(getattr(find("penalties", name), name), value) for name, value in coefficients.items()]
+        self.coefficients = {name: value for name, value in penalties_of(config, self.recipe).items() if value}
+        self.penalties = [(getattr(find("penalties", name), name), value) for name, value in self.coefficients.items()]
         self.sae = new_sae(
             self.recipe, d_model, config.d_sae, config.seed, d_out=d_out, skip=config.skip, dtype=dtype
         ).to(device)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=self.recipe.betas, fused=True)
         self.annealing = None
-        if "lp" in coefficients and self.recipe.p_end is not None:
+        if "lp" in self.coefficients and self.recipe.p_end is not None:
             self.annealing = Annealing(
                 start=config.anneal_start,
                 n_steps=n_steps,

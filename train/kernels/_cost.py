@@ -15,8 +15,13 @@ def saving(job: Job, device: str) -> tuple[bool, str]:
     density = job.config.k / job.config.d_sae
     n_products = job.batch_size * job.config.d_sae * job.d_model
     found = f"k / d_sae = {density:.2%}"
-    if density > MAX_DENSITY[kind]:
-        return False, f"{found}, and above {MAX_DENSITY[kind]:.1%} dense products are faster"
+    if density > max_density(device):
+        return False, f"{found}, and above {max_density(device):.1%} dense products are faster"
     if n_products < MIN_PRODUCT[kind]:
         return False, "the step is so small that dense products are faster"
     return True, f"{found}: only the active latents are decoded and updated"
+
+
+def max_density(device: str) -> float:
+    """Share of latents that may be on for sparse sums to be the faster way."""
+    return MAX_DENSITY["cuda" if device.startswith("cuda") else "cpu"]
