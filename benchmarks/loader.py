@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -45,10 +45,11 @@ from train.loader import MixedBatchLoader
 from train.mixing import Mixture
 from train.read_ahead import read_ahead
 from train.report import keep_freed_memory
-from train.staging import DeviceStage
+from train.staging import Memory, Stage
 
 WINDOW = 128
 SAELENS_BATCHES = 8  # a round: it takes long
+SAELENS_BUFFERS = (2, 16)  # batches that it mixes: the least it takes, and what its published runs have
 RULER = "memcpy, 1 thread"
 Contestant = Callable[[], tuple[int, float]]  # rows and seconds
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -127,7 +128,7 @@ def copied(cache: ActivationCache, data: DataConfig, n_threads: int) -> Contesta
 def buffered(cache: ActivationCache, data: DataConfig, mixture: Mixture) -> Contestant:
     """Our loader as it feeds a GPU, up to the host buffers that the copy would start from."""
     loader = MixedBatchLoader(cache, data)
-    stages = [DeviceStage(data.batch_size, torch.device("cpu"), None) for _ in range(data.read_ahead)]
+    stages = [Stage(data.batch_size, loader.device, None, Memory()) for _ in range(data.read_ahead)]
 
     def epoch() -> Iterator[int]:
         def make(step: int, slot: int) -> int:
@@ -193,19 +194,17 @@ def loaded(cache: ActivationCache, data: DataConfig, n_workers: int) -> Contesta
 
 @contextmanager
 def saelens(
-    environment: Path, cache: ActivationCache, data: DataConfig, folder: Path
-) -> Iterator[tuple[str, Contestant]]:
-    """SAELens's version and its loader of cached activations, in a process of its own with its own environment."""
+    environment: Path, cache: ActivationCache, data: DataConfig, folder: Path, n_mixed: int
+) -> Iterator[dict[str, Contestant]]:
+    """SAELens's loader of cached activations, mixing so many batches, in a process with its own environment."""
     python = environment / "bin" / "python"
     if not python.exists():
-        raise UserError(
-            f"{environment} is no virtual environment: it has no bin/python; leave --saelens out or name another"
-        )
+        raise UserError(f"{environment} has no bin/python; give --saelens the folder of a virtual environment")
     d_model = cache.plan.hooks[0].d_model
     with (folder / "rows").open("wb") as file:
         for shard in cache.train_shards:
             cache.activations("layer_1", "clean", shard).tofile(file)
-    numbers = map(str, (d_model, WINDOW, data.batch_size, SAELENS_BATCHES))
+    numbers = map(str, (d_model, WINDOW, data.batch_size, SAELENS_BATCHES, n_mixed))
     script = str(Path(__file__).parent / "saelens_loader.py")
     command = [str(python), script, str(folder / "rows"), *numbers, str(folder / "arrow")]
     with subprocess.Popen(
@@ -225,7 +224,7 @@ def saelens(
         version = answers.readline().strip()
         if not version:
             raise UserError(f"{python} cannot run SAELens's loader; run {' '.join(command)} to see why")
-        yield version, contestant
+        yield {f"SAELens {version}, cached, fp16, mixing {n_mixed} batches": contestant}
         ask.close()
 
 
@@ -239,11 +238,11 @@ class Table:
     def print(self) -> None:
         """Medians, ratios of medians, and the smallest and largest of the rounds."""
         ruler = median(self.rates[RULER])
-        print(f"{'':<46}{'rows/s':>12}{'GB/s':>8}{'x memcpy':>10}   rounds")
+        print(f"{'':<52}{'rows/s':>12}{'GB/s':>8}{'x memcpy':>10}   rounds")
         for name, measured in self.rates.items():
             rate = median(measured)
             spread = f"{min(measured) / ruler:.3f} to {max(measured) / ruler:.3f}"
-            print(f"{name:<46}{rate:>12,.0f}{rate * 2 * self.d_model / 1e9:>8.2f}{rate / ruler:>10.3f}   {spread}")
+            print(f"{name:<52}{rate:>12,.0f}{rate * 2 * self.d_model / 1e9:>8.2f}{rate / ruler:>10.3f}   {spread}")
 
 
 def make_contestants(cache: ActivationCache, data: DataConfig, masked_fraction: float) -> dict[str, Contestant]:
@@ -283,13 +282,13 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         cache = make_cache(Path(folder) / "cache", d_model, shard_rows, max(1, rows // shard_rows))
         contestants = make_contestants(cache, data, masked_fraction)
-        if saelens_at is None:
-            print("SAELens is left out; name an environment that has it with --saelens")
+        with ExitStack() as stack:
+            if saelens_at is None:
+                print("SAELens is left out; name an environment that has it with --saelens")
+            else:
+                for n_mixed in SAELENS_BUFFERS:
+                    contestants |= stack.enter_context(saelens(saelens_at, cache, data, Path(folder), n_mixed))
             table = measure(contestants, rounds, d_model)
-        else:
-            with saelens(saelens_at, cache, data, Path(folder)) as (version, contestant):
-                contestants[f"SAELens {version}, cached, fp16"] = contestant
-                table = measure(contestants, rounds, d_model)
     print(f"{cache.plan.n_rows:,} rows of {d_model}, batch {batch_size}, masked {masked_fraction:g}, {readers} readers")
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, numpy {np.__version__}")
     table.print()

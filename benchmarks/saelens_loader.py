@@ -1,16 +1,18 @@
 """SAELens's side of the loader benchmark: runs where SAELens is installed, and imports nothing of ours.
 
-    python saelens_loader.py ROWS D_MODEL CONTEXT BATCH_SIZE N_BATCHES FOLDER
+    python saelens_loader.py ROWS D_MODEL CONTEXT BATCH_SIZE N_BATCHES N_MIXED FOLDER
 
-ROWS is a file of fp16 rows. They are written as the Arrow dataset that SAELens caches, and read by its ActivationsStore
-in fp16 (its default, float32, is several times slower) with its default mixing and no more of a buffer than that
-needs: two batches. Each line on standard input asks for N_BATCHES; the answer is a line with the seconds.
+ROWS is a file of fp16 rows. They are written to FOLDER, if it is not there, as the Arrow dataset that SAELens caches,
+and read by its ActivationsStore in fp16 (its default, float32, is several times slower) with its default share of
+mixing in a buffer of N_MIXED batches. Each line on standard input asks for N_BATCHES; the answer is a line with the
+seconds.
 """
 
 import sys
 import time
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 
 import datasets  # pyright: ignore[reportMissingImports]
 import numpy as np
@@ -32,7 +34,7 @@ def write_dataset(rows: np.ndarray, folder: str) -> None:
     datasets.Dataset.from_generator(windows, features=features, cache_dir=folder + "-made").save_to_disk(folder)
 
 
-def open_store(folder: str, context: int, d_model: int, batch_size: int) -> ActivationsStore:
+def open_store(folder: str, context: int, d_model: int, batch_size: int, n_mixed: int) -> ActivationsStore:
     """The loader of its training from cached activations; the model is only asked for when nothing is cached."""
     return ActivationsStore(
         model=None,
@@ -42,9 +44,9 @@ def open_store(folder: str, context: int, d_model: int, batch_size: int) -> Acti
         hook_head_index=None,
         context_size=context,
         d_in=d_model,
-        n_batches_in_buffer=-(-2 * batch_size // context),
+        n_batches_in_buffer=-(-n_mixed * batch_size // context),  # it calls windows batches here
         total_training_tokens=10**9,
-        store_batch_size_prompts=max(1, batch_size // context),
+        store_batch_size_prompts=max(1, n_mixed // 4 * batch_size // context, batch_size // context),
         train_batch_size_tokens=batch_size,
         prepend_bos=False,
         normalize_activations="none",
@@ -54,12 +56,13 @@ def open_store(folder: str, context: int, d_model: int, batch_size: int) -> Acti
     )
 
 
-def main(file: str, d_model: int, context: int, batch_size: int, n_batches: int, folder: str) -> None:
+def main(file: str, d_model: int, context: int, batch_size: int, n_batches: int, n_mixed: int, folder: str) -> None:
     """Answer until standard input ends."""
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
-    write_dataset(np.memmap(file, np.float16, "r").reshape(-1, context, d_model), folder)
-    store = open_store(folder, context, d_model, batch_size)
+    if not Path(folder).exists():
+        write_dataset(np.memmap(file, np.float16, "r").reshape(-1, context, d_model), folder)
+    store = open_store(folder, context, d_model, batch_size, n_mixed)
     batch = store.next_batch()
     assert batch.dtype == torch.float16
     assert batch.shape == (batch_size, d_model)
@@ -73,5 +76,5 @@ def main(file: str, d_model: int, context: int, batch_size: int, n_batches: int,
 
 if __name__ == "__main__":
     rows, *sizes, where = sys.argv[1:]
-    width, window, batch, count = map(int, sizes)
-    main(rows, width, window, batch, count, where)
+    width, window, batch, count, mixed = map(int, sizes)
+    main(rows, width, window, batch, count, mixed, where)

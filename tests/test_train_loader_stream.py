@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import cast
 
 import numpy as np
 import pytest
@@ -17,10 +16,11 @@ from train_fixtures import DATA
 
 from cache_spec import ActivationCache, CacheDamaged
 from cache_spec.layout import activation_file
+from train import loader as loader_module
 from train.loader import MixedBatchLoader
-from train.mixing import BOTH, CLEAN, Mixture, Rows
+from train.mixing import BOTH, CLEAN, Rows
 from train.read_ahead import read_ahead
-from train.staging import DeviceStage, Memory
+from train.staging import Memory
 
 
 @pytest.fixture(scope="module")
@@ -166,19 +166,18 @@ def test_on_cuda_a_buffer_is_filled_again_only_after_its_copy_and_training_waits
     monkeypatch.setattr(torch.cuda, "Event", cuda.event)
     monkeypatch.setattr(torch.cuda, "stream", cuda.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", cuda.current_stream)
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **how: kept.append(pin_memory) or empty(*size, **how))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=None, **how: kept.append(pin_memory) or empty(*size, **how)
+    )
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor.data_ptr()))
     loader = MixedBatchLoader(cache, replace(DATA, readers=1, read_ahead=2))
-    monkeypatch.setattr(
-        loader, "_stage", lambda *_: DeviceStage(32, torch.device("cpu"), cast(torch.cuda.Stream, cuda))
-    )
+    monkeypatch.setattr(loader_module, "copy_stream", lambda device: cuda)
     with loader.stream(0, 6) as stream:
         for rows in stream:
             for tensor in (rows.clean, rows.masked, rows.rank, rows.unreplaced):
                 assert tensor is not None
                 assert tensor.data_ptr() in kept
-    assert kept[:2] == [True] * 2  # the buffers of a stage, pinned
-    assert kept.count(True) == 4
+    assert kept.count(True) == 4  # two buffers a stage, pinned
     assert stream.n_late == 5  # the copies of all but the first were on their way
     for event in {event for _, event in cuda.log}:
         calls = [what for what, own in cuda.log if own == event]
@@ -186,32 +185,6 @@ def test_on_cuda_a_buffer_is_filled_again_only_after_its_copy_and_training_waits
         waits = [i for i, what in enumerate(calls) if what == "training waits"]
         assert len(waits) == 3
         assert all(calls[:i].count("copied") > n for n, i in enumerate(waits))  # each for a copy that was recorded
-
-
-@pytest.mark.parametrize("target_hook", ["", "layer_3"])
-def test_rows_through_host_buffers_are_those_cast_while_they_are_read(cache, target_hook, monkeypatch):
-    """The way to a device and the way to the CPU, for one mixture and for several."""
-    loader = MixedBatchLoader(cache, replace(DATA, target_hook=target_hook))
-    for mixtures in (BOTH, CLEAN, {Mixture(0.5)}, {Mixture(0.0), Mixture(0.25)}):
-        with loader.stream(0, 5, mixtures) as stream:
-            direct = list(stream)
-        with monkeypatch.context() as patch:
-            patch.setattr(loader, "_stage", lambda *_: DeviceStage(32, torch.device("cpu"), None))
-            with loader.stream(0, 5, mixtures) as stream:
-                sent = list(stream)
-        for one, other in zip(direct, sent, strict=True):
-            for fraction, schedule, with_twin in mixtures:
-                a, b = (each.mix(fraction, schedule=schedule, with_twin=with_twin) for each in (one, other))
-                assert a.x.equal(b.x)
-                assert a.target.equal(b.target)
-
-
-def test_rows_wider_than_the_scrap_buffer_are_cast_in_parts(cache, monkeypatch):
-    whole = MixedBatchLoader(cache, DATA).read(0)
-    monkeypatch.setattr("train.staging._SCRAP_BYTES", 3 * 16)
-    assert same(MixedBatchLoader(cache, DATA).read(0), whole)
-    monkeypatch.setattr("train.staging._SCRAP_BYTES", 1)
-    assert same(MixedBatchLoader(cache, DATA).read(0), whole)
 
 
 def test_memory_is_used_again_when_nobody_has_any_part_of_it():

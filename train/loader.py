@@ -22,7 +22,7 @@ from train.read_ahead import read_ahead
 from train.readers import Reader, choose_io, open_reader
 from train.scale import SamplePart, measure
 from train.schedule import RowSchedule
-from train.staging import DeviceStage, HostStage, Memory, Stage, copy_stream
+from train.staging import Memory, Stage, copy_stream
 from train.stream import Stream
 from train.views import View, segments_of, views_of
 
@@ -95,7 +95,7 @@ class MixedBatchLoader:
 
         This is the plain way, for a few steps: see `stream`.
         """
-        stage = self._stage(None, Memory())
+        stage = Stage(self.data.batch_size, self.device, None, Memory())
         return self._send(self.fill(stage, step, BOTH if with_masked else CLEAN))
 
     @contextmanager
@@ -106,7 +106,7 @@ class MixedBatchLoader:
         are due. At the end of the `with` no thread is left.
         """
         beside, memory = copy_stream(self.device), Memory()
-        stages = [self._stage(beside, memory) for _ in range(self.data.read_ahead)]
+        stages = [Stage(self.data.batch_size, self.device, beside, memory) for _ in range(self.data.read_ahead)]
 
         def make(step: int, slot: int) -> tuple[Stage, Rows]:
             stages[slot].wait()
@@ -123,10 +123,6 @@ class MixedBatchLoader:
             wanted = variants if self.data.target == "self" else ["clean"]
             arrays += [(self.target_hook, variant) for variant in wanted]
         return arrays
-
-    def _stage(self, beside: "torch.cuda.Stream | None", memory: Memory) -> Stage:
-        n_rows = self.data.batch_size
-        return HostStage(n_rows, memory) if self.device.type == "cpu" else DeviceStage(n_rows, self.device, beside)
 
     def fill(self, stage: Stage, step: int, mixtures: Set[Mixture]) -> _Filled:
         """Read what the mixtures take of one step's rows."""
