@@ -1,19 +1,20 @@
 """Mixtures: exact shares, the right rows, the same for all runs."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import WIDTHS, make_loader_cache
 from train_fixtures import DATA
 
 from cache_spec import UserError, derive_seed
 from train.loader import MixedBatchLoader
-from train.mixing import Batch, Rows, n_masked_rows, rising_steps
+from train.mixing import Batch, Mixture, Need, Rows, masking_ranks, n_masked_rows, rising_steps
 
 FRACTIONS = st.sampled_from([0.0, 0.1, 0.25, 0.3, 1 / 3, 0.5, 0.999, 1.0]) | st.floats(0, 1)
 
@@ -91,20 +92,48 @@ def test_the_target_is_the_same_token_s_row(cache, target_hook, target, fraction
 @given(small=st.floats(0, 1), large=st.floats(0, 1), step=st.integers(0, 100))
 def test_a_larger_share_holds_the_rows_of_a_smaller_one(small, large, step):
     small, large = sorted((small, large))
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(step))
-    rows = Rows(clean=torch.zeros(40, 1), masked=torch.ones(40, 1), row=np.arange(40), step=step, order=order)
+    rows = Rows(
+        clean=torch.zeros(40, 1),
+        masked=torch.ones(40, 1),
+        row=np.arange(40),
+        step=step,
+        rank=torch.from_numpy(masking_ranks([10, 30], step)),
+        need=Need(clean_from=0, masked_to=40),
+    )
     if n_masked_rows(small, 40, step) <= n_masked_rows(large, 40, step):  # rounding may differ by a row
         assert not (rows.mix(small).masked & ~rows.mix(large).masked).any()
     assert rows.mix(large).x[:, 0].bool().equal(rows.mix(large).masked)
 
 
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=30), seed=st.integers(0, 2**62), share=st.floats(0, 1))
+def test_the_masked_rows_are_the_heads_of_all_segments_each_in_proportion(sizes, seed, share):
+    """So they are contiguous in the files, and no shard has a share that differs by more than a row."""
+    rank = masking_ranks(sizes, seed)
+    n_rows = sum(sizes)
+    assert sorted(rank) == list(range(n_rows))
+    n_masked = round(share * n_rows)
+    heads = []
+    for own in np.split(rank, np.cumsum(sizes)[:-1]):
+        assert (np.diff(own) > 0).all()
+        heads.append(int((own < n_masked).sum()))
+    assert sum(heads) == n_masked
+    heads = np.array(heads)  # one share fits all to a row: that of segment i is (heads +- 1) / size
+    assert ((heads - 1) / sizes).max() <= ((heads + 1) / sizes).min() + 1e-9
+
+
+def test_segments_of_one_row_are_masked_equally_often():
+    n_steps, n_segments = 2000, 12
+    often = sum(masking_ranks([1] * n_segments, seed) < 3 for seed in range(n_steps)) / n_steps
+    assert np.abs(often - 3 / n_segments).max() < 5 * math.sqrt(0.25 * 0.75 / n_steps)
+
+
 def test_which_rows_are_masked_is_drawn_per_step_from_the_seed_alone(cache, loader):
-    """The generator is the device's own; the draw on a CPU is written down here."""
-    key = derive_seed("train/mix", 0, 6)
-    assert loader.read(6).order.equal(torch.randperm(32, generator=torch.Generator().manual_seed(key)))
+    """The same on every device."""
+    sizes = [piece.n for piece in loader.schedule.pieces(6)]
+    assert loader.read(6).rank.tolist() == masking_ranks(sizes, derive_seed("train/mix", 0, 6)).tolist()
     assert not loader.read(0).mix(0.5).masked.equal(loader.read(1).mix(0.5).masked)
     other = MixedBatchLoader(cache, replace(DATA, seed=1))
-    assert not loader.read(0).order.equal(other.read(0).order)
+    assert not loader.read(0).rank.equal(other.read(0).rank)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
@@ -122,8 +151,101 @@ def test_twins_are_the_other_view_of_each_row(cache, loader, fraction):
     assert 0 < int(batch.paired.sum()) < 32
 
 
-def test_runs_of_different_fractions_share_one_read_of_each_row_and_variant(cache):
-    loader = MixedBatchLoader(cache, replace(DATA, n_tokens=32 * 4))
+MIXTURES = st.builds(
+    Mixture,
+    st.sampled_from([0.0, 0.3, 0.5, 1.0]) | st.floats(0, 1),
+    st.sampled_from(["constant", "linear=3"]),
+    st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mixtures=st.frozensets(MIXTURES, min_size=1, max_size=3),
+    batch_size=st.integers(1, 40),
+    open_shards=st.integers(0, 5),
+    positions=st.sampled_from(["all", "drop_masked", "only_masked"]),
+    target=st.sampled_from(["self", "clean"]),
+    target_hook=st.sampled_from(["", "layer_3"]),
+    io=st.sampled_from(["mmap", "pread"]),
+)
+def test_a_stream_for_some_mixtures_gives_them_the_batches_of_a_plain_read(
+    cache, mixtures, batch_size, open_shards, positions, target, target_hook, io
+):
+    """To the bit, whatever it leaves unread, where usable rows have gaps and at the end of an epoch."""
+    data = replace(
+        DATA,
+        batch_size=batch_size,
+        open_shards=open_shards,
+        positions=positions,
+        target=target,
+        target_hook=target_hook,
+    )
+    plain = MixedBatchLoader(cache, data)
+    with MixedBatchLoader(cache, replace(data, io=io)).stream(0, 6, mixtures) as stream:
+        for rows in stream:
+            whole = plain.read(rows.step)
+            assert (rows.row == whole.row).all()
+            for fraction, schedule, with_twin in mixtures:
+                one, other = (
+                    each.mix(fraction, target, schedule=schedule, with_twin=with_twin) for each in (rows, whole)
+                )
+                for name in ("x", "target", "masked", "twin", "paired"):
+                    a, b = getattr(one, name), getattr(other, name)
+                    assert (a is b is None) or a.equal(b)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize(
+    ("fractions", "n_clean", "n_masked"),
+    [
+        ([0.0], 32, 0),
+        ([0.5], 16, 16),
+        ([1.0], 0, 32),
+        ([0.25], 24, 8),
+        ([0.0, 0.5], 32, 16),
+        ([0.25, 0.5, 0.75], 24, 24),
+    ],
+)
+def test_no_row_is_read_twice_and_none_in_a_view_that_no_run_takes(cache, io, fractions, n_clean, n_masked):
+    """One mixture costs the bytes of one view; several share their reads."""
+    loader = MixedBatchLoader(cache, replace(DATA, n_tokens=32 * 4, io=io))
+    seen = count_reads(loader)
+    with loader.stream(0, 4, frozenset(Mixture(fraction) for fraction in fractions)) as stream:
+        for rows in stream:
+            assert len({tuple(rows.mix(each).x.flatten().tolist()) for each in fractions}) == len(fractions)
+    assert len(seen) == len(set(seen))
+    variants = [variant for (_, variant, _), _ in seen]
+    assert (variants.count("clean"), variants.count("masked")) == (4 * n_clean, 4 * n_masked)
+
+
+def test_twins_and_clean_targets_read_what_they_take_and_no_more(cache):
+    for mixture, target, target_hook, expected in (
+        (Mixture(0.5, with_twin=True), "self", "", {"clean": 32, "masked": 32}),
+        (Mixture(0.5), "clean", "", {"clean": 32, "masked": 16}),
+        (Mixture(0.5), "self", "layer_3", {"clean": 16, "masked": 16, "target clean": 16, "target masked": 16}),
+        (Mixture(0.5), "clean", "layer_3", {"clean": 16, "masked": 16, "target clean": 32}),
+    ):
+        loader = MixedBatchLoader(cache, replace(DATA, target=target, target_hook=target_hook))
+        seen = count_reads(loader)
+        with loader.stream(3, 4, {mixture}) as stream:
+            next(stream)
+        names = Counter(("" if hook == "layer_1" else "target ") + variant for (hook, variant, _), _ in seen)
+        assert dict(names) == expected
+
+
+def test_a_mixture_that_was_not_read_for_is_no_batch(cache, loader):
+    with loader.stream(0, 1, {Mixture(0.25), Mixture(0.5)}) as stream:
+        rows = next(stream)
+    for fraction in (0.25, 0.4, 0.5):
+        assert rows.mix(fraction).x.isfinite().all()
+    for fraction in (0.0, 0.9):
+        with pytest.raises(AssertionError):
+            rows.mix(fraction)
+
+
+def count_reads(loader: MixedBatchLoader) -> list[tuple[tuple[str, str, int], int]]:
+    """Every (file, row) that a loader reads from now on."""
     read, seen = loader._reader.read, []
 
     def count(file, rows, out):
@@ -131,15 +253,4 @@ def test_runs_of_different_fractions_share_one_read_of_each_row_and_variant(cach
         read(file, rows, out)
 
     loader._reader.read = count
-    n_rows = 0
-    with loader.stream(0, 4, with_masked=True) as stream:
-        for rows in stream:
-            n_rows += len({tuple(rows.mix(fraction).x.flatten().tolist()) for fraction in (0.0, 0.25, 0.5, 1.0)}) // 4
-            n_rows += len(rows.row)
-    assert n_rows == 4 * 33  # four different mixtures of each read
-    assert len(seen) == len(set(seen)) == 2 * 4 * 32
-    assert {(hook, variant) for (hook, variant, _), _ in seen} == {("layer_1", "clean"), ("layer_1", "masked")}
-    seen.clear()
-    with loader.stream(0, 4, with_masked=False) as stream:
-        assert len(list(stream)) == 4
-    assert {variant for (_, variant, _), _ in seen} == {"clean"}
+    return seen

@@ -18,8 +18,9 @@ from cache_spec import ActivationCache, CacheDamaged
 from cache_spec.layout import activation_file
 from train import loader as loader_module
 from train.loader import MixedBatchLoader
-from train.mixing import Rows
+from train.mixing import BOTH, CLEAN, Rows
 from train.read_ahead import read_ahead
+from train.staging import Memory
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_stream_is_what_read_gives_whatever_the_threads(
 ):
     data = replace(DATA, io=io, readers=readers, read_ahead=ahead, target_hook=target_hook)
     plain = MixedBatchLoader(cache, replace(data, io="mmap"))
-    with MixedBatchLoader(cache, data).stream(first, first + n, with_masked) as stream:
+    with MixedBatchLoader(cache, data).stream(first, first + n, BOTH if with_masked else CLEAN) as stream:
         kept = list(stream)  # buffers are reused, rows must not be
     assert [rows.step for rows in kept] == list(range(first, first + n))
     assert all(same(rows, plain.read(rows.step, with_masked=with_masked)) for rows in kept)
@@ -76,14 +77,14 @@ def test_damage_reaches_the_caller_as_one_sentence_where_its_rows_are_due(tmp_pa
     """A file that is damaged after the start, as the first thread comes to it."""
     cache = make_loader_cache(tmp_path / "cache")
     loader = MixedBatchLoader(cache, replace(DATA, io=io, readers=3))
-    fill, due = loader._fill, 6
+    fill, due = loader.fill, 6
 
-    def fail(stage, sources, step):
+    def fail(stage, step, mixtures):
         if step == due:
             raise CacheDamaged(f"{activation_file('layer_1', 'clean', 2)} fails its checksum")
-        return fill(stage, sources, step)
+        return fill(stage, step, mixtures)
 
-    loader._fill = fail
+    loader.fill = fail
     seen = []
     with pytest.raises(CacheDamaged, match=r"layer_1/clean/c/2/0 fails its checksum"), loader.stream(0, 60) as stream:
         seen.extend(rows.step for rows in stream)
@@ -155,6 +156,9 @@ class FakeEvent:
     def synchronize(self) -> None:
         self.cuda.log.append(("reader waits", id(self)))
 
+    def query(self) -> bool:
+        return False
+
 
 def test_on_cuda_a_buffer_is_filled_again_only_after_its_copy_and_training_waits_for_it(cache, monkeypatch):
     """No GPU here: the order of the calls, from the reader threads and the caller."""
@@ -162,22 +166,70 @@ def test_on_cuda_a_buffer_is_filled_again_only_after_its_copy_and_training_waits
     monkeypatch.setattr(torch.cuda, "Event", cuda.event)
     monkeypatch.setattr(torch.cuda, "stream", cuda.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", cuda.current_stream)
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **how: kept.append(pin_memory) or empty(*size, **how))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=None, **how: kept.append(pin_memory) or empty(*size, **how)
+    )
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor.data_ptr()))
-    monkeypatch.setattr(loader_module, "copy_stream", lambda device: cuda)
     loader = MixedBatchLoader(cache, replace(DATA, readers=1, read_ahead=2))
+    monkeypatch.setattr(loader_module, "copy_stream", lambda device: cuda)
     with loader.stream(0, 6) as stream:
         for rows in stream:
-            for tensor in (rows.clean, rows.masked, rows.order, rows.unreplaced):
+            for tensor in (rows.clean, rows.masked, rows.rank, rows.unreplaced):
                 assert tensor is not None
                 assert tensor.data_ptr() in kept
-    assert kept[:4] == [True] * 4  # two buffers a stage, pinned
+    assert kept.count(True) == 4  # two buffers a stage, pinned
+    assert stream.n_late == 5  # the copies of all but the first were on their way
     for event in {event for _, event in cuda.log}:
         calls = [what for what, own in cuda.log if own == event]
         assert [what for what in calls if what != "training waits"] == ["reader waits", "copied"] * 3
         waits = [i for i, what in enumerate(calls) if what == "training waits"]
         assert len(waits) == 3
         assert all(calls[:i].count("copied") > n for n, i in enumerate(waits))  # each for a copy that was recorded
+
+
+def test_memory_is_used_again_when_nobody_has_any_part_of_it():
+    memory = Memory()
+    first = memory.tensor(4, 3).fill_(1)
+    place, part = first.data_ptr(), first[2:]
+    del first
+    other = memory.tensor(4, 3).fill_(2)
+    assert other.data_ptr() != place
+    assert part.eq(1).all()
+    del part
+    assert memory.tensor(4, 5).data_ptr() != place
+    again = memory.tensor(4, 3)
+    assert again.data_ptr() == place
+    assert other.eq(2).all()
+
+
+def test_a_stream_counts_how_long_its_caller_waited_but_not_for_the_first_rows(cache, monkeypatch):
+    loader = MixedBatchLoader(cache, replace(DATA, readers=1, read_ahead=1))
+    fill = loader.fill
+    monkeypatch.setattr(loader, "fill", lambda *what: time.sleep(0.02) or fill(*what))
+    with loader.stream(0, 5) as stream:
+        next(stream)
+        assert (stream.waited, stream.n_late) == (0, 0)
+        list(stream)
+    assert stream.waited >= 4 * 0.02
+    assert stream.n_late == 4
+    loader = MixedBatchLoader(cache, replace(DATA, readers=1, read_ahead=4))
+    with loader.stream(0, 20) as stream:
+        for _ in stream:
+            time.sleep(0.02)  # training, which is slower than reading
+    assert stream.waited < 0.1
+
+
+def test_readers_leave_torch_s_threads_to_the_training(cache):
+    before, seen = torch.get_num_threads(), []
+    with read_ahead(lambda *_: seen.append(torch.get_num_threads()), range(4), n_slots=2, n_threads=2) as results:
+        list(results)
+    assert seen == [1] * 4
+    assert torch.get_num_threads() == before
+    late = []
+    thread = threading.Thread(target=lambda: late.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert late == [before]
 
 
 def test_rows_of_a_cache_that_was_opened_unchecked_are_the_same(cache):

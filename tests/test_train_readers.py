@@ -271,7 +271,7 @@ def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 before = most_resident(sys.argv[2], 16)
-print(most_resident(sys.argv[3], 1024) - before)
+print(most_resident(sys.argv[3], 512) - before)
 """
 
 

@@ -14,7 +14,7 @@ from train.checkpoint import append_log, checkpoint_step, restore_checkpoint, sa
 from train.config import RunConfig
 from train.engine import Kernel, Outcome
 from train.loader import MixedBatchLoader
-from train.mixing import Batch
+from train.mixing import Batch, Mixture
 from train.names import find, parse_setting
 from train.run_folder import FAILED, TRAINING, read_facts, write_facts
 from train.step import TrainRun, learning_rate
@@ -50,9 +50,9 @@ class Entry:
         return self.run
 
     @property
-    def mixture(self) -> tuple[float, str, bool]:
-        """What decides its batches: runs that agree in this share them."""
-        return self.config.masked_fraction, self.config.masked_schedule, self.config.consistency > 0
+    def mixture(self) -> Mixture:
+        """What decides its batches."""
+        return Mixture(self.config.masked_fraction, self.config.masked_schedule, self.config.consistency > 0)
 
     def start(self, loader: MixedBatchLoader, open_tracker: OpenTracker | None) -> None:
         """Build the SAE, and take it up at its last checkpoint if there is one."""

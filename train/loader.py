@@ -1,10 +1,9 @@
 """Batches from a cache: the rows that the schedule names, read ahead, cast and scaled on the device."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 
 import numpy as np
 import torch
@@ -18,12 +17,14 @@ from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
 from train.columns import RowColumns
 from train.config import POSITIONS, TARGETS, DataConfig
-from train.mixing import Rows
+from train.mixing import BOTH, CLEAN, Mixture, Need, Rows, masking_ranks, need_of
 from train.read_ahead import read_ahead
 from train.readers import Reader, choose_io, open_reader
 from train.scale import SamplePart, measure
 from train.schedule import RowSchedule
-from train.staging import Stage, copy_stream
+from train.staging import Memory, Stage, copy_stream
+from train.stream import Stream
+from train.views import View, segments_of, views_of
 
 MAX_OPEN_SHARDS = 64
 SAMPLE_ROWS = 65536  # enough for a mean of squared norms to three digits
@@ -32,24 +33,16 @@ _LONG_CHECK = 8 << 30  # bytes that it takes more than a few seconds to check
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One of the arrays that a step reads, and the factor from its stored values to training units."""
-
-    hook: HookPlan
-    variant: str
-    factor: float
-
-
-@dataclass(frozen=True)
 class _Filled:
-    """A stage whose buffers hold the rows of a step, one buffer a source."""
+    """A stage that holds the rows of a step, one tensor a view."""
 
     stage: Stage
-    sources: Sequence[_Source]
     step: int
     row: np.ndarray
+    rank: np.ndarray
+    need: Need
+    views: Sequence[View]
     unreplaced: np.ndarray
-    """[batch] bool"""
 
 
 class MixedBatchLoader:
@@ -98,34 +91,29 @@ class MixedBatchLoader:
         return self.schedule.position(step)
 
     def read(self, step: int, *, with_masked: bool = True) -> Rows:
-        """The rows of one step, on the device, as float32, divided by the norm factor."""
-        sources = self._sources(with_masked)
-        return self._send(self._fill(self._stage(sources, None), sources, step))
+        """The rows of one step, on the device, as float32, divided by the norm factor; masked ones too, or clean only.
+
+        This is the plain way, for a few steps: see `stream`.
+        """
+        stage = Stage(self.data.batch_size, self.device, None, Memory())
+        return self._send(self.fill(stage, step, BOTH if with_masked else CLEAN))
 
     @contextmanager
-    def stream(self, first: int, last: int, with_masked: bool = True) -> Iterator[Iterator[Rows]]:
-        """An iterator of the rows of steps `first` to `last - 1`, equal to those of `read`, read ahead by threads.
+    def stream(self, first: int, last: int, mixtures: Set[Mixture] = BOTH) -> Iterator[Stream]:
+        """The rows of steps `first` to `last - 1`, read ahead by threads, and no more of them than the mixtures take.
 
-        Damage that a thread meets is raised where its rows are due. At the end of the `with` no thread is left.
+        Any of the mixtures gives the same batch as from `read`. Damage that a thread meets is raised where its rows
+        are due. At the end of the `with` no thread is left.
         """
-        sources = self._sources(with_masked)
-        beside = copy_stream(self.device)
-        stages = [self._stage(sources, beside) for _ in range(self.data.read_ahead)]
+        beside, memory = copy_stream(self.device), Memory()
+        stages = [Stage(self.data.batch_size, self.device, beside, memory) for _ in range(self.data.read_ahead)]
 
-        def make(step: int, slot: int) -> _Filled | Rows:
+        def make(step: int, slot: int) -> tuple[Stage, Rows]:
             stages[slot].wait()
-            filled = self._fill(stages[slot], sources, step)
-            # without a copy stream the caller casts: who trains on a CPU has shared out torch's threads
-            return filled if beside is None else self._send(filled)
-
-        def received(results: Iterator[_Filled | Rows]) -> Iterator[Rows]:
-            for stage, made in zip(cycle(stages), results, strict=False):
-                rows = self._send(made) if isinstance(made, _Filled) else made
-                stage.received([value for value in vars(rows).values() if isinstance(value, Tensor)])
-                yield rows
+            return stages[slot], self._send(self.fill(stages[slot], step, mixtures))
 
         with read_ahead(make, range(first, last), n_slots=len(stages), n_threads=self.data.readers) as results:
-            yield received(results)
+            yield Stream(results)
 
     def _arrays(self, with_masked: bool) -> list[tuple[HookPlan, str]]:
         """Hook point and variant of everything that a step reads."""
@@ -136,50 +124,43 @@ class MixedBatchLoader:
             arrays += [(self.target_hook, variant) for variant in wanted]
         return arrays
 
-    def _sources(self, with_masked: bool) -> list[_Source]:
-        scales = {self.target_hook.name: self.target_scale, self.hook.name: self.scale}
-        return [
-            _Source(hook, variant, hook.scale_factor / scales[hook.name].norm_factor)
-            for hook, variant in self._arrays(with_masked)
-        ]
+    def fill(self, stage: Stage, step: int, mixtures: Set[Mixture]) -> _Filled:
+        """Read what the mixtures take of one step's rows."""
+        pieces = self.schedule.pieces(step)
+        columns = [self._columns.of(self.shards[piece.shard]) for piece in pieces]
+        inside = [own.usable[piece.first : piece.first + piece.n] for own, piece in zip(columns, pieces, strict=True)]
+        shards = [self.shards[piece.shard] for piece in pieces]
+        rank = masking_ranks([piece.n for piece in pieces], derive_seed("train/mix", self.data.seed, step))
+        need = need_of(mixtures, self.data.batch_size, step)
+        views = views_of(need, self.data, self.hook, self.target_hook)
+        for which, view in enumerate(views):
+            segments = segments_of(view, shards, inside, rank)
+            stage.fill(which, view.hook.d_model, segments, self._reader, self._factor(view.hook))
+        row = [rows + np.int64(shard * self.cache.plan.shard_rows) for rows, shard in zip(inside, shards, strict=True)]
+        unreplaced = [own.unreplaced[rows] for own, rows in zip(columns, inside, strict=True)]
+        return _Filled(stage, step, np.concatenate(row), rank, need, views, np.concatenate(unreplaced))
 
-    def _stage(self, sources: Sequence[_Source], beside: "torch.cuda.Stream | None") -> Stage:
-        return Stage(self.data.batch_size, [source.hook.d_model for source in sources], self.device, beside)
-
-    def _fill(self, stage: Stage, sources: Sequence[_Source], step: int) -> _Filled:
-        """Read one step's rows into the host buffers."""
-        row: list[np.ndarray] = []
-        unreplaced: list[np.ndarray] = []
-        filled = 0
-        for piece in self.schedule.pieces(step):
-            shard = self.shards[piece.shard]
-            columns = self._columns.of(shard)
-            inside = columns.usable[piece.first : piece.first + piece.n]
-            for source, buffer in zip(sources, stage.buffers, strict=True):
-                self._reader.read((source.hook.name, source.variant, shard), inside, buffer[filled : filled + piece.n])
-            row.append(inside + np.int64(shard * self.cache.plan.shard_rows))
-            unreplaced.append(columns.unreplaced[inside])
-            filled += piece.n
-        return _Filled(stage, sources, step, np.concatenate(row), np.concatenate(unreplaced))
+    def _factor(self, hook: HookPlan) -> float:
+        """From stored values to training units."""
+        scale = self.scale if hook.name == self.hook.name else self.target_scale
+        return hook.scale_factor / scale.norm_factor
 
     def _send(self, filled: _Filled) -> Rows:
-        """The rows of filled buffers, on the device."""
-        generator = torch.Generator(self.device)
-        generator.manual_seed(derive_seed("train/mix", self.data.seed, filled.step))
+        """The rows of a filled stage, on the device."""
+        tensors: dict[tuple[str, str], Tensor] = {}
         with filled.stage.sending():
-            tensors = {
-                (source.hook.name, source.variant): filled.stage.to_device(i, source.factor)
-                for i, source in enumerate(filled.sources)
-            }
-            masked = tensors.get((self.hook.name, self.data.masked_variant))
+            for which, view in enumerate(filled.views):
+                sent = filled.stage.send(which)
+                tensors |= {(view.hook.name, variant): sent for variant, _, _ in view.parts}
             other = self.target_hook.name if self.data.target_hook else ""
             return Rows(
                 clean=tensors[self.hook.name, "clean"],
-                masked=masked,
+                masked=tensors.get((self.hook.name, self.data.masked_variant)),
                 row=filled.row,
                 step=filled.step,
-                order=torch.randperm(len(filled.row), generator=generator, device=self.device),
-                unreplaced=None if masked is None else torch.from_numpy(filled.unreplaced).to(self.device),
+                rank=torch.from_numpy(filled.rank).to(self.device),
+                need=filled.need,
+                unreplaced=torch.from_numpy(filled.unreplaced).to(self.device) if filled.need.masked_to else None,
                 target_clean=tensors.get((other, "clean")),
                 target_masked=tensors.get((other, self.data.masked_variant)),
             )

@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
+
 Made = TypeVar("Made")
 
 
@@ -17,8 +19,11 @@ def read_ahead(
 
     A slot (0 to n_slots - 1) is one result's until the caller asks for the next one, so a slot may own a buffer. What
     `make` raises is raised where its result is due. At the end no thread is left, however many results were taken.
+    Each is one thread for torch too, whose own are for the training.
+    Each thread is one for torch too, whose own threads are for the training.
     """
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="read-ahead")
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(n_threads, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
     left = iter(steps)
     waiting: deque[Future[Made]] = deque()
 
@@ -37,3 +42,4 @@ def read_ahead(
         yield in_order()
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what one thread sets is also for those that start later

@@ -1,30 +1,63 @@
-"""The way of one batch from host buffers to float32 on the device, scaled there."""
+"""The way of one batch from files to float32 on the device, scaled there."""
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from train.readers import File, Reader
+
+
+class Segment(NamedTuple):
+    """Rows of one file, given by number and rising, and their place in the batch."""
+
+    file: File
+    rows: np.ndarray
+    at: int
+
 
 class Stage:
-    """Host buffers for the rows of one batch, used again and again: one [batch, width] fp16 for each width.
+    """Where a thread makes one batch after another: `fill` each of its tensors, then `send` it.
 
-    On CUDA they are pinned, and what is made in `sending` runs on a stream of its own beside the training.
+    Its host buffers, one fp16 [batch, width] a tensor, are used again and again. What is stored goes to the device as
+    it is, to be cast and scaled there. On CUDA the buffers are pinned, and what is made in `sending` runs on a stream
+    of its own beside the training.
     """
 
-    def __init__(self, n_rows: int, widths: Sequence[int], device: torch.device, stream: "torch.cuda.Stream | None"):
-        pinned = stream is not None
-        self._host = [torch.empty(n_rows, width, dtype=torch.float16, pin_memory=pinned) for width in widths]
-        self.buffers: list[np.ndarray] = [tensor.numpy() for tensor in self._host]
-        self._device, self._stream = device, stream
+    def __init__(self, n_rows: int, device: torch.device, stream: "torch.cuda.Stream | None", memory: "Memory") -> None:
+        self._n_rows, self._device, self._stream, self._memory = n_rows, device, stream, memory
         self._sent = torch.cuda.Event() if stream is not None else None
+        self._host: dict[int, Tensor] = {}
+        self._factors: dict[int, float] = {}
 
     def wait(self) -> None:
         """Return when the buffers may be filled again: the device has taken what was in them."""
         if self._sent is not None:
             self._sent.synchronize()
+
+    def fill(self, which: int, width: int, segments: Iterable[Segment], reader: Reader, factor: float) -> None:
+        """Read the rows of a tensor; `factor` is to turn stored values into training units."""
+        if which not in self._host or self._host[which].shape[1] != width:
+            pinned = self._stream is not None
+            self._host[which] = torch.empty(self._n_rows, width, dtype=torch.float16, pin_memory=pinned)
+        buffer = self._host[which].numpy()
+        for file, rows, at in segments:
+            reader.read(file, rows, buffer[at : at + len(rows)])
+        self._factors[which] = factor
+
+    def send(self, which: int) -> Tensor:
+        """A tensor on the device, as float32: new, so that nobody writes into it as long as somebody has it."""
+        stored = self._host[which]
+        if self._device.type == "cpu":
+            made = self._memory.tensor(*stored.shape).copy_(stored)
+        else:
+            made = stored.to(self._device, non_blocking=self._stream is not None).to(torch.float32)
+        return made.mul_(self._factors[which])
 
     @contextmanager
     def sending(self) -> Iterator[None]:
@@ -36,19 +69,40 @@ class Stage:
             yield
             self._sent.record()
 
-    def to_device(self, which: int, scale: float) -> Tensor:
-        """One buffer as a new float32 tensor on the device, times the scale."""
-        pinned = self._stream is not None
-        return self._host[which].to(self._device, non_blocking=pinned).to(torch.float32).mul_(scale)
+    def received(self, tensors: Sequence[Tensor]) -> bool:
+        """Let the caller's work use the tensors as soon as they are there, and free them only after it.
 
-    def received(self, tensors: Sequence[Tensor]) -> None:
-        """Let the caller's stream use the tensors as soon as they are there, and free them only after that."""
+        Says whether they are there already.
+        """
         if self._stream is None or self._sent is None:
-            return
+            return True
+        ready = self._sent.query()
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._sent)
         for tensor in tensors:
             tensor.record_stream(current)
+        return ready
+
+
+class Memory:
+    """float32 tensors in memory that is used again when nobody has them any more.
+
+    What a system gives fresh it clears page by page, which took five times as long as filling it.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[int, int], deque[np.ndarray]] = defaultdict(deque)
+
+    def tensor(self, n_rows: int, width: int) -> Tensor:
+        """[n_rows, width] that holds anything."""
+        free = self._free[n_rows, width]
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = torch.empty(n_rows, width).numpy()  # torch's, for its alignment
+        own = memory.view()  # lives as long as any tensor, view or graph that uses its values
+        weakref.finalize(own, free.append, memory).atexit = False
+        return torch.from_numpy(own)
 
 
 def copy_stream(device: torch.device) -> "torch.cuda.Stream | None":

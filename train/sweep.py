@@ -188,10 +188,9 @@ class _Sweep:
         first = min(entry.training.n_done for entry in entries)
         if first == loader.n_steps:  # stopped after the last step
             return
-        with_masked = any(entry.config.masked_fraction or entry.config.consistency for entry in entries)
         began = time.monotonic()
         with (
-            loader.stream(first, loader.n_steps, with_masked) as stream,
+            loader.stream(first, loader.n_steps, {entry.mixture for entry in entries}) as stream,
             workers(self._n_threads if loader.device.type == "cpu" else 1) as pool,
             _stopped_at_ctrl_c(pool),
         ):
