@@ -1,6 +1,7 @@
 """The sparse kernel beside the dense one: the same codes, losses and updates, from sums over what is on."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -208,6 +209,7 @@ def test_auto_takes_the_faster_and_says_why_and_a_name_means_that_one_or_an_erro
         select("warp", "cpu")
 
 
+TOP: tuple[tuple[Any, Any], ...] = ((TopK, choose_topk), (BatchTopK, choose_batchtopk))
 SIZES = st.sampled_from([1, 3, 8, 16, 48, 72, 96, 128, 256])
 
 
@@ -221,7 +223,8 @@ def values(n_rows: int, d_sae: int, seed: int, dtype: torch.dtype = torch.float3
 @settings(deadline=None)
 def test_the_codes_that_are_on_are_those_of_the_activations(n_rows, d_sae, k, seed):
     k, pre = min(k, d_sae), values(n_rows, d_sae, seed)
-    for activation, choose in ((TopK(k), choose_topk), (BatchTopK(k), choose_batchtopk)):
+    for kind, choose in TOP:
+        activation = kind(k)
         chosen = choose(activation, pre, None)
         expected, smallest = activation.train(pre, None)
         found = chosen.entries.dense(d_sae)
@@ -281,8 +284,8 @@ def test_what_bfloat16_finds_is_what_float32_would():
     def exact(row: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         return pre[row, latent]
 
-    for activation, choose in ((TopK(16), choose_topk), (BatchTopK(16), choose_batchtopk)):
-        found, expected = (choose(activation, pre, None), choose(activation, rounded, exact))
+    for kind, choose in TOP:
+        found, expected = (choose(kind(16), pre, None), choose(kind(16), rounded, exact))
         assert found.entries.dense(2048).equal(expected.entries.dense(2048))
     threshold = torch.full((2048,), 2.0)
     found, expected = (

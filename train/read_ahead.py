@@ -19,7 +19,6 @@ def read_ahead(
 
     A slot (0 to n_slots - 1) is one result's until the caller asks for the next one, so a slot may own a buffer. What
     `make` raises is raised where its result is due. At the end no thread is left, however many results were taken.
-    Each is one thread for torch too, whose own are for the training.
     Each thread is one for torch too, whose own threads are for the training.
     """
     before = torch.get_num_threads()
