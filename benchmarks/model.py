@@ -70,7 +70,7 @@ def floor_seconds(job: Job, kernel: str, rates: Rates) -> float:
     return sum(part.seconds(rates) for part in bill(job, kernel))
 
 
-def describe(job: Job, kernel: str, rates: Rates) -> str:
+def bill_in_words(job: Job, kernel: str, rates: Rates) -> str:
     """`sparse: encoder's product 17.2 GFLOP 46.1 ms, ...`"""
     words = []
     for part in bill(job, kernel):

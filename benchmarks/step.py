@@ -13,96 +13,61 @@ GPU at an H200's; `share` is how much of our time that explains.
 """
 
 import json
-import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from benchmarks.contest import ENVIRONMENT, ContestantGone, Entrant, Result, Spread, compete, ratio, spread
-from benchmarks.model import H200, Rates, describe, floor_seconds
+from benchmarks.jobs import PRECISIONS, describe, machine, make_job, parse_kernels, parse_names
+from benchmarks.model import H200, Rates, bill_in_words, floor_seconds
 from benchmarks.peers.floors import N_COPIED
 from benchmarks.peers.job import Job
 from cache_spec.command import run_command
 from cache_spec.errors import UserError
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu")
-PRECISIONS = ("fp32", "bf16")
 FIVE, ONE, COPY = "five dense products", "encoder product", "memory copied"
-LR, LR_DEAD, LR_JUMPRELU = 3e-4, 1e-5, 7e-5  # with a high rate the dead would come to life, and JumpReLU's L0 run away
+Places = dict[str, tuple[Path | None, Path | None]]
+"""Checkout and environment of each peer."""
+NOWHERE = (None, None)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def parse_shape(text: str) -> tuple[int, int, int, int]:
-    """`512,8192,32,2048` -> d_model, d_sae, k, batch. Raises UserError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--shape is '{text}'; give d_model,d_sae,k,batch such as 512,8192,32,2048")
-    d_model, d_sae, k, batch = map(int, parts)
-    if k > d_sae:
-        raise UserError(f"--shape is '{text}' with k {k} above d_sae {d_sae}; give d_model,d_sae,k,batch")
-    return d_model, d_sae, k, batch
-
-
-def parse_names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """`a,b` -> [a, b]. Raises UserError for one that is not known."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise UserError(f"{option} {name} is unknown; it is one of {', '.join(known)}")
-    return names
-
-
-def jobs(arch: str, shape: str, precision: str, device: str, dead: float) -> dict[str, Any]:
-    """The facts that all contestants of one table share."""
-    d_model, d_sae, k, batch = parse_shape(shape)
-    lr = LR_DEAD if dead else LR_JUMPRELU if arch == "jumprelu" else LR
-    return {
-        "arch": arch,
-        "d_model": d_model,
-        "d_sae": d_sae,
-        "k": k,
-        "batch": batch,
-        "precision": precision,
-        "device": device,
-        "dead": dead,
-        "lr": lr,
-    }
-
-
-def floors(shared: dict[str, Any]) -> list[Entrant]:
+def floors(job: Job) -> list[Entrant]:
     """What calibrates the rest."""
     names = {"five": FIVE, "encoder": ONE, "copy": COPY}
     return [
-        Entrant(name=name, job=Job(contestant="floors", variant=variant, **shared)) for variant, name in names.items()
+        Entrant(name=name, job=replace(job, contestant="floors", variant=variant)) for variant, name in names.items()
     ]
 
 
-def ours(shared: dict[str, Any], kernels: list[str]) -> list[Entrant]:
+def ours(job: Job, kernels: list[str]) -> list[Entrant]:
     """One of each kernel."""
-    return [Entrant(name=f"granary {name}", job=Job(contestant="granary", variant=name, **shared)) for name in kernels]
+    return [Entrant(name=f"granary {name}", job=replace(job, variant=name)) for name in kernels]
 
 
-def peers(shared: dict[str, Any], places: dict[str, tuple[Path | None, Path | None]]) -> list[Entrant]:
-    """The others, of those whose place (checkout, environment) was given; each in every setting that may be fastest."""
+def peers(job: Job, places: Places) -> list[Entrant]:
+    """The others, of those whose place was given; each in every setting that may be its fastest."""
     variants = {"dictionary_learning": [""], "saelens": [""], "sparsify": ["signum", "adam"], "saev": [""]}
-    if shared["arch"] == "topk" and shared["precision"] == "fp32":
+    if job.arch == "topk" and job.precision == "fp32":
         variants["saelens"].append("sparse")
-    if shared["device"].startswith("cuda"):
+    if job.device.startswith("cuda"):
         variants["saelens"].append("compiled")
-    entrants = []
-    for file, (source, env) in places.items():
-        if source is None and env is None:
-            continue
-        for variant in variants[file]:
-            job = Job(contestant=file, variant=variant, source=str(source or ""), **shared)
-            entrants.append(Entrant(name=f"{file} {variant}".strip(), job=job, env=env))
-    return entrants
+    return [
+        Entrant(
+            name=f"{file} {variant}".strip(),
+            job=replace(job, contestant=file, variant=variant, source=str(source or "")),
+            env=env,
+        )
+        for file, (source, env) in places.items()
+        if (source, env) != NOWHERE
+        for variant in variants[file]
+    ]
 
 
 def rates_of(results: dict[str, Result], device: str) -> Rates:
@@ -138,7 +103,7 @@ def table(results: list[Result], rates: Rates) -> list[dict[str, Any]]:
                 row["x_ours"] = asdict(ratio(result, best))
         if job.contestant == "granary":
             row["floor_seconds"] = floor_seconds(job, job.variant, rates)
-            row["bill"] = describe(job, job.variant, rates)
+            row["bill"] = bill_in_words(job, job.variant, rates)
         rows.append(row)
     return rows
 
@@ -146,7 +111,7 @@ def table(results: list[Result], rates: Rates) -> list[dict[str, Any]]:
 def head() -> str:
     return (
         f"{'contestant':<26}{'ms':>9}{'quartiles':>16}{'x five':>8}{'x one':>8}{'x ours':>8}{'quartiles':>14}"
-        f"{'floor ms':>10}{'share':>7}{'FVU':>16}{'L0':>8}"
+        f"{'floor ms':>10}{'share':>7}{'FVU':>16}{'L0':>8}{'dead':>7}"
     )
 
 
@@ -166,7 +131,7 @@ def line(row: dict[str, Any]) -> str:
         return text
     before, after = row["before"], row["after"]
     fvu = f"{before['fvu']:.3f} -> {after['fvu']:.3f}"
-    return f"{text}{fvu:>16}{after['l0']:>8.1f}"
+    return f"{text}{fvu:>16}{after['l0']:>8.1f}{after['n_dead']:>7}"
 
 
 def one_table(entrants: list[Entrant], *, rounds: int, steps: int, n_threads: int | None) -> list[dict[str, Any]]:
@@ -177,30 +142,16 @@ def one_table(entrants: list[Entrant], *, rounds: int, steps: int, n_threads: in
         if name not in by_name:
             raise ContestantGone(next(reason for reason in missing if reason.startswith(name)))
     rows = table(results, rates := rates_of(by_name, job.device))
-    dead = f", {job.dead:.0%} dead" if job.dead else ""
-    print(
-        f"\n{job.arch}, {job.precision}: d_model {job.d_model}, d_sae {job.d_sae}, k {job.k}, batch {job.batch}{dead}"
-    )
+    print(f"\n{describe(job)}")
     print(f"rates: {rates.operations / 1e12:.3g} TFLOP/s, {rates.bytes / 1e9:.3g} GB/s")
-    for text in (*map(line, rows), *(f"left out: {reason}" for reason in missing)):
+    bills = [f"model: {row['bill']}" for row in rows if "bill" in row]
+    for text in (*map(line, rows), *bills, *(f"left out: {reason}" for reason in missing)):
         print(text, flush=True)
     return rows
 
 
-def machine(device: str) -> str:
-    """Processor or GPU, threads, and what could make a difference."""
-    name = next((text.split(":")[1] for text in _cpuinfo() if text.startswith("model name")), platform.processor())
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
-    return f"{name.strip()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def print_foot(rows: list[dict[str, Any]], device: str, absent: list[str]) -> None:
-    """Machine, date, versions, each contestant's settings, and the bills."""
+    """Machine, date, versions, and each contestant's settings."""
     print(f"\nmachine   {machine(device)}")
     print(f"date      {date.today()}, Python {platform.python_version()}")
     print(f"settings  {' '.join(f'{key}={value}' for key, value in ENVIRONMENT.items())}, for all")
@@ -209,8 +160,6 @@ def print_foot(rows: list[dict[str, Any]], device: str, absent: list[str]) -> No
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         text = f"{row['name']}, {row['job']['precision']}"
         seen.setdefault(text, f"  {text:<34}{row['settings']} ({versions})")
-        if "bill" in row:
-            seen.setdefault(row["bill"], f"  model, {row['job']['precision']}: {row['bill']}")
     print(*seen.values(), sep="\n")
     if absent:
         print(f"not here  {', '.join(absent)}: name where they are with {', '.join(map(_option, absent))}")
@@ -218,6 +167,13 @@ def print_foot(rows: list[dict[str, Any]], device: str, absent: list[str]) -> No
 
 def _option(peer: str) -> str:
     return f"--{peer.replace('_', '-')}"
+
+
+def check_places(places: Places) -> None:
+    """Raises UserError for a place that is none: who names a peer wants it timed."""
+    for place in (place for pair in places.values() for place in pair if place is not None):
+        if not place.is_dir():
+            raise UserError(f"{place} is no folder; give a peer's checkout or its virtual environment")
 
 
 @app.command()
@@ -242,31 +198,26 @@ def main(
     out: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
 ) -> None:
     """Print one table of all contestants, shapes, architectures and precisions."""
-    places = {
+    places: Places = {
         "dictionary_learning": (dictionary_learning, dictionary_learning_env if dictionary_learning else None),
         "saelens": (None, saelens),
         "sparsify": (None, sparsify),
         "saev": (saev, saev_env if saev else None),
     }
-    for place in (place for pair in places.values() for place in pair if place is not None):
-        if not place.is_dir():
-            raise UserError(f"{place} is no folder; give a peer's checkout or its virtual environment")
-    kernels = kernel.split(",") if kernel else ["dense", "sparse", *(["triton"] if device.startswith("cuda") else [])]
-    absent = [name for name, pair in places.items() if pair == (None, None)]
+    check_places(places)
+    kernels = parse_kernels(kernel, device)
+    architectures = parse_names("--arch", arch, ARCHITECTURES)
+    precisions = parse_names("--precision", precision, PRECISIONS)
+    if dead and "jumprelu" in architectures:
+        architectures.remove("jumprelu")
+        print("left out: jumprelu, which has no AuxK")
     print(head())
     rows: list[dict[str, Any]] = []
-    names = product(
-        shape or ["512,8192,32,2048"],
-        parse_names("--arch", arch, ARCHITECTURES),
-        parse_names("--precision", precision, PRECISIONS),
-    )
-    for sizes, name, bits in names:
-        if dead and name == "jumprelu":
-            print("\njumprelu has no AuxK, so there is nothing to time with dead latents")
-            continue
-        shared = jobs(name, sizes, bits, device, dead)
-        entrants = [*floors(shared), *ours(shared, kernels), *peers(shared, places)]
+    for sizes, name, bits in product(shape or ["512,8192,32,2048"], architectures, precisions):
+        job = make_job(name, sizes, bits, device, dead)
+        entrants = [*floors(job), *ours(job, kernels), *peers(job, places)]
         rows += one_table(entrants, rounds=rounds, steps=steps, n_threads=threads)
+    absent = [peer for peer, place in places.items() if place == NOWHERE]
     print_foot(rows, device, absent)
     if out is not None:
         facts = {"machine": machine(device), "date": str(date.today()), "environment": ENVIRONMENT, "rows": rows}

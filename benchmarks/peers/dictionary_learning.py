@@ -55,6 +55,9 @@ class DictionaryLearning:
         codes = sae.encode(x) if self._job.arch == "jumprelu" else sae.encode(x, use_threshold=False)
         return codes, sae.decode(codes)
 
+    def n_dead(self) -> int:
+        return int((self._trainer.num_tokens_since_fired >= DEAD_TOKENS).sum())
+
 
 def build(job: Job, x: Tensor) -> DictionaryLearning:
     use_tensor_cores(job)

@@ -23,6 +23,9 @@ class Floor:
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(x), torch.zeros_like(x)
 
+    def n_dead(self) -> int:
+        return 0
+
 
 def build(job: Job, x: Tensor) -> Floor:
     """`encoder`: the product that any step needs. `five`: it and decoder, both weights' and the codes' gradients."""

@@ -1,8 +1,5 @@
 """Ours: a TrainRun with one of train/kernels."""
 
-from dataclasses import fields
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,10 +14,11 @@ from benchmarks.peers.job import (
     threshold_for,
 )
 from cache_spec.errors import UserError
+from train import engine
 from train.config import RunConfig
 from train.kernels import select
 from train.report import keep_freed_memory
-from train.step import TrainRun
+from train.step import TrainRun, recipe_of
 
 
 class Granary:
@@ -39,30 +37,34 @@ class Granary:
         codes = sae.codes(pre, sae.activation.train(pre, sae.threshold)[0])
         return codes, sae.decode(codes)
 
+    def n_dead(self) -> int:
+        return int(self._run.dead().sum())
+
 
 def build(job: Job, x: Tensor) -> Granary:
     keep_freed_memory()  # as training does
     config = config_of(job)
+    whole = engine.Job(
+        recipe=recipe_of(config), config=config, d_model=job.d_model, d_out=job.d_model, batch_size=job.batch
+    )
     try:
-        kernel = select(job.variant, torch.device(job.device).type)
+        kernel = select(job.variant, job.device, whole)
     except UserError as error:
         raise Unsuitable(str(error)) from None
     run = TrainRun(config, job.d_model, n_steps(job), kernel, device=job.device)
     run.start_at(x)
-    prepare(run, job, x)
-    return Granary(run, f"kernel {job.variant}, as python -m train runs it")
+    put_midway(run, job, x)
+    return Granary(run, f"--kernel {job.variant} --precision {job.precision}, as python -m train steps it")
 
 
 def config_of(job: Job) -> RunConfig:
     """The run of `python -m train` that this is."""
-    if job.precision != "fp32" and "precision" not in {field.name for field in fields(RunConfig)}:
-        raise Unsuitable(f"train has no --precision {job.precision}")
-    more: dict[str, Any] = {} if job.precision == "fp32" else {"precision": job.precision}
     return RunConfig(
         name="benchmark",
         arch=job.arch,
         d_sae=job.d_sae,
         k=job.k,
+        precision=job.precision,
         lr=job.lr,
         warmup_steps=0,
         decay_start=n_steps(job) * 4 // 5,
@@ -70,17 +72,19 @@ def config_of(job: Job) -> RunConfig:
         threshold_start=0,
         threshold_beta=0.999,
         dead_tokens=DEAD_TOKENS,
-        **more,
     )
 
 
 @torch.no_grad()
-def prepare(run: TrainRun, job: Job, x: Tensor) -> None:
-    """Put it where a run is after a while: some latents dead, JumpReLU's thresholds where L0 is k."""
-    sae, run.n_done = run.sae, first_step(job)
+def put_midway(run: TrainRun, job: Job, x: Tensor) -> None:
+    """Where a run is after a while: some latents dead, JumpReLU's thresholds where L0 is k. As from a checkpoint, so
+    that a kernel's own copies follow."""
+    with torch.enable_grad():
+        run.step(x, x)  # there is no checkpoint before the first
+    tensors = {name: tensor.clone() for name, tensor in run.state().items()}
     if dead := n_dead(job):
-        sae.W_enc[:, -dead:] *= SHRUNK
-        run.silent_tokens[-dead:] = 2 * DEAD_TOKENS
+        tensors["sae.W_enc"][:, -dead:] *= SHRUNK
+        tensors["silent_tokens"][-dead:] = 2 * DEAD_TOKENS
     if job.arch == "jumprelu":
-        assert sae.threshold is not None
-        sae.threshold.fill_(threshold_for(sae.pre_activations(x), job.k))
+        tensors["sae.threshold"].fill_(threshold_for(run.sae.pre_activations(x), job.k))
+    run.restore(tensors, first_step(job))

@@ -58,6 +58,10 @@ class Contestant(Protocol):
         """Codes, whose positive entries count as active, and reconstruction of rows, as in training."""
         ...
 
+    def n_dead(self) -> int:
+        """Latents that it takes for dead."""
+        ...
+
 
 def n_dead(job: Job) -> int:
     """Dead latents."""

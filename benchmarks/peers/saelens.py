@@ -44,6 +44,9 @@ class SAELens:
         codes = sae.encode_with_hidden_pre(x)[0]
         return codes.to_dense(), sae.decode(codes)
 
+    def n_dead(self) -> int:
+        return int(self._trainer.dead_neurons.sum())
+
 
 def build(job: Job, x: Tensor) -> SAELens:
     if job.variant == "sparse" and (job.arch != "topk" or job.precision != "fp32"):

@@ -41,6 +41,9 @@ class Saev:
         codes = self._sae.encode(x).f_x
         return codes, self._sae.decode(codes)[:, -1, :]
 
+    def n_dead(self) -> int:
+        return int((self._objective.toks_since_active >= DEAD_TOKENS).sum())
+
 
 def build(job: Job, x: Tensor) -> Saev:
     if job.arch not in ("topk", "batchtopk", "matryoshka"):

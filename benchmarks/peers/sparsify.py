@@ -50,6 +50,9 @@ class Sparsify:
         codes, latents, _ = self._coder.encode(x)
         return codes, self._coder.decode(codes, latents)
 
+    def n_dead(self) -> int:
+        return int((self.silent > DEAD_TOKENS).sum())
+
 
 def build(job: Job, x: Tensor) -> Sparsify:
     if job.arch != "topk":

@@ -70,7 +70,7 @@ def quality(contestant: "Contestant", x: "Tensor") -> dict[str, float]:
     with torch.no_grad():
         codes, made = contestant.look(x)
         left = (x - made.float()).square().sum() / (x - x.mean(0)).square().sum()
-        return {"fvu": left.item(), "l0": (codes > 0).sum().item() / len(x)}
+        return {"fvu": left.item(), "l0": (codes > 0).sum().item() / len(x), "n_dead": contestant.n_dead()}
 
 
 def main() -> None:
