@@ -152,18 +152,23 @@ def start(entrant: Entrant, n_threads: int | None = None) -> Worker:
 
 @contextmanager
 def running(entrants: Sequence[Entrant], n_threads: int | None = None) -> Iterator[tuple[list[Worker], list[str]]]:
-    """Workers that are ready, made one after another, and why the others are not there."""
-    workers, missing = [], []
+    """Workers that are ready, and why the others are not there."""
+    ready, missing = [], []
     with ExitStack() as stack:
-        for entrant in entrants:
+        workers: list[Worker] = []
+        for entrant in entrants:  # imports take seconds, so all begin before the first is waited for
             try:
-                worker = start(entrant, n_threads)
-                stack.callback(worker.close)
-                worker.greet()
-                workers.append(worker)
+                workers.append(start(entrant, n_threads))
+                stack.callback(workers[-1].close)
             except ContestantGone as reason:
                 missing.append(str(reason))
-        yield workers, missing
+        for worker in workers:
+            try:
+                worker.greet()
+                ready.append(worker)
+            except ContestantGone as reason:
+                missing.append(str(reason))
+        yield ready, missing
 
 
 def compete(

@@ -40,7 +40,7 @@ class DictionaryLearning:
     """A trainer and the number of its step."""
 
     def __init__(self, trainer: Any, job: Job) -> None:
-        self.versions = {"torch": torch.__version__}
+        self.versions = {"torch": str(torch.__version__)}
         self.settings = "trainer.update" + (" under autocast, rows in bf16" if job.precision == "bf16" else "")
         self._trainer, self._job, self._n_done = trainer, job, first_step(job)
         self._dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32

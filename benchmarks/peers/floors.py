@@ -14,7 +14,7 @@ class Floor:
     """Calls one function as its step."""
 
     def __init__(self, run: Callable[[Tensor], object], settings: str) -> None:
-        self.settings, self.versions, self._run = settings, {"torch": torch.__version__}, run
+        self.settings, self.versions, self._run = settings, {"torch": str(torch.__version__)}, run
 
     @torch.no_grad()
     def step(self, x: Tensor) -> object:

@@ -25,7 +25,7 @@ class Granary:
     """A run as `python -m train` steps it."""
 
     def __init__(self, run: TrainRun, settings: str) -> None:
-        self.settings, self.versions, self._run = settings, {"torch": torch.__version__}, run
+        self.settings, self.versions, self._run = settings, {"torch": str(torch.__version__)}, run
 
     def step(self, x: Tensor) -> object:
         return self._run.step(x, x)

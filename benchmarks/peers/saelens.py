@@ -27,7 +27,7 @@ class SAELens:
     """A trainer around one of its SAEs."""
 
     def __init__(self, trainer: Any, job: Job) -> None:
-        self.versions = {"torch": torch.__version__, "sae-lens": importlib.metadata.version("sae-lens")}
+        self.versions = {"torch": str(torch.__version__), "sae-lens": importlib.metadata.version("sae-lens")}
         words = ["SAETrainer.step", "autocast" if job.precision == "bf16" else ""]
         words.append({"sparse": "use_sparse_activations", "compiled": "compile_sae"}.get(job.variant, ""))
         words.append("rescale_acts_by_decoder_norm off" if job.variant == "sparse" else "")

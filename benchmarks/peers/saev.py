@@ -20,7 +20,7 @@ class Saev:
     """An SAE, its objective and its optimiser."""
 
     def __init__(self, sae: Any, objective: Any, job: Job) -> None:
-        self.versions = {"torch": torch.__version__}
+        self.versions = {"torch": str(torch.__version__)}
         self.settings = "its train()'s calls" + (" under autocast" if job.precision == "bf16" else "")
         self._sae, self._objective, self._job = sae, objective, job
         self._optimizer = torch.optim.Adam(sae.parameters(), lr=job.lr, fused=True)

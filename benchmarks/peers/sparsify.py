@@ -18,7 +18,7 @@ class Sparsify:
     """A sparse coder, its optimiser and its count of silence."""
 
     def __init__(self, coder: Any, optimizer: Any, job: Job) -> None:
-        self.versions = {"torch": torch.__version__, "eai-sparsify": importlib.metadata.version("eai-sparsify")}
+        self.versions = {"torch": str(torch.__version__), "eai-sparsify": importlib.metadata.version("eai-sparsify")}
         self._alpha = 1 / 32 if job.dead else 0.0  # its default is 0: no AuxK
         words = [f"optimizer={job.variant}", "autocast" if job.precision == "bf16" else ""]
         words.append("auxk_alpha=1/32" if job.dead else "")
