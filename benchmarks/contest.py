@@ -24,8 +24,8 @@ LAST_WORDS = 20.0  # seconds that a worker gets to end by itself
 ENVIRONMENT = {
     # Waiting threads sleep instead of spinning: else those who wait would slow down who is timed.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # glibc keeps freed tensors instead of handing them back page by page: the fastest of four settings tried for us
-    # and for dictionary_learning (a fifth of its topk step), and more than train asks for by itself
+    # glibc keeps freed tensors instead of handing them back page by page: the fastest of four settings tried, for
+    # us and for dictionary_learning, and more than train asks for by itself
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
     "MALLOC_TOP_PAD_": str(1 << 26),

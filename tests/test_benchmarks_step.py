@@ -1,10 +1,13 @@
 """The benchmark of a step: its table is made of what the contestants said, and its model of the counts beside it."""
 
+import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from contest_fixtures import TOY, toy_environment
 from typer.testing import CliRunner
 
@@ -130,3 +133,14 @@ def test_the_model_charges_for_dead_latents_and_for_each_active_one():
 def test_every_peer_is_a_file():
     folder = Path(contest.__file__).parent / "peers"
     assert {path.stem for path in folder.glob("*.py")} >= {"dictionary_learning", "saelens", "sparsify", "saev"}
+
+
+def test_the_page_on_performance_names_what_there_is():
+    text = (Path(contest.__file__).parent.parent / "docs" / "performance.md").read_text()
+    modules = set(re.findall(r"benchmarks\.(\w+)", text))
+    assert {"step", "sweep", "end_to_end"} <= modules
+    for module in modules:
+        command = typer.main.get_command(importlib.import_module(f"benchmarks.{module}").app)
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for line in re.findall(rf"-m benchmarks\.{module}\b((?:[^\n`]|\\\n)*)", text.replace("--help", "")):
+            assert set(re.findall(r"--[a-z-]+", line)) - {"--"} <= known | {"---"}, line
