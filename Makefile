@@ -101,8 +101,15 @@ format: setup  ## let ruff rewrite what it can
 test-compat: setup  ## load a run in SAELens, in an environment of its own (.venv-compat)
 	$(PY) -m benchmarks.saelens_compat
 
-bench: setup  ## size of the code; harvest against the bare model; loaders; the cache; 12 SAEs evaluated against 1; the demo
+# The libraries that benchmarks.step is beside: empty, or options such as
+# PEERS='--saelens VENV --sparsify VENV --dictionary-learning CHECKOUT --dictionary-learning-env VENV' (docs/performance.md)
+PEERS ?=
+
+bench: setup  ## [PEERS=]: a training step against others; sweeps; cache to SAEs; loaders; harvest; the cache; evaluation; the demo
 	$(PY) -m benchmarks.size
+	$(PY) -m benchmarks.step --rounds 5 $(PEERS)
+	$(PY) -m benchmarks.sweep
+	$(PY) -m benchmarks.end_to_end
 	$(PY) -m benchmarks.harvest
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.cache
