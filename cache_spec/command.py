@@ -1,6 +1,7 @@
 """How every granary command ends: whole with exit code 0, or one clear sentence and no traceback."""
 
 import errno
+import importlib
 import logging
 import signal
 import sys
@@ -52,6 +53,19 @@ def run_command(app: Callable[[], Any]) -> None:
             raise
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
         _stop(f"{reason}; {advice}", DiskFull.exit_code)
+
+
+def app_for(arguments: list[str], main: Callable[[], Any], others: dict[str, str]) -> Callable[[], Any]:
+    """The typer app that a command line means: one of `others` if its first word is their name, else the main one.
+
+    `others` are names and modules that hold an `app`, imported only when they are asked for. The word is taken out of
+    `arguments`, which are the command line's, the program's name first.
+    """
+    if len(arguments) > 1 and arguments[1] in others:
+        name = arguments.pop(1)
+        arguments[0] = f"{arguments[0]} {name}"
+        return importlib.import_module(others[name]).app
+    return main
 
 
 def heed(*numbers: signal.Signals) -> None:

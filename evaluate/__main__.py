@@ -1,11 +1,12 @@
 """`python -m evaluate RUNS`: the command line."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache_spec.command import run_command
+from cache_spec.command import app_for, run_command
 from evaluate.names import available
 from evaluate.text_sources import TextSources
 
@@ -66,5 +67,8 @@ def evaluate(
     )
 
 
+OTHERS: dict[str, str] = {}
+"""Commands beside measuring, by their first word, and the modules of their apps."""
+
 if __name__ == "__main__":
-    run_command(app)
+    run_command(app_for(sys.argv, app, OTHERS))

@@ -7,12 +7,13 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
-from cache_spec.command import heed, run_command
+from cache_spec.command import app_for, heed, run_command
 from train.options import Options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -57,7 +58,10 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else inspect.Parameter.empty
 
 
+OTHERS: dict[str, str] = {}
+"""Commands beside training, by their first word, and the modules of their apps."""
+
 app.command(help=_HELP)(_as_command(Options))
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(app_for(sys.argv, app, OTHERS))
