@@ -67,7 +67,7 @@ def evaluate(
     )
 
 
-OTHERS: dict[str, str] = {}
+OTHERS: dict[str, str] = {"features": "evaluate.commands.features", "neuronpedia": "evaluate.commands.neuronpedia"}
 """Commands beside measuring, by their first word, and the modules of their apps."""
 
 if __name__ == "__main__":
