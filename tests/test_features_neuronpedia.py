@@ -14,6 +14,7 @@ from features_fixtures import DEAD, asked_of, text_run
 from typer.testing import CliRunner
 
 from cache_spec import UserError
+from evaluate.cache_model import public_name
 from evaluate.commands.neuronpedia import app
 from evaluate.features.gather import gather
 from evaluate.neuronpedia import records
@@ -313,3 +314,11 @@ def test_a_tokenizer_that_cannot_be_had_is_said_since_text_is_wanted(tmp_path, w
     assert isinstance(done.exception, UserError)
     assert "Neuronpedia shows tokens as text, and 'tiny' cannot be had; name the model" in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("/home/me/models/mine", "mine"), ("EleutherAI/pythia-160m", "EleutherAI/pythia-160m"), ("tiny", "tiny")],
+)
+def test_a_path_on_this_machine_is_not_for_others_to_read(name, shown):
+    assert public_name(name) == shown

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from evaluate.cache_model import public_name
 from evaluate.features.folder import whole_folder
 from evaluate.features.gather import Found, Shown
 from evaluate.features.running import bin_edges
@@ -38,13 +39,13 @@ def write_site(found: Found, out: Path, facts: dict[str, Any]) -> int:
     with whole_folder(out, {"made_by": MADE_BY, **facts}) as folder:
         (folder / "data").mkdir()
         (folder / "latents").mkdir()
-        (folder / "style.css").write_text("\n".join((_PAGES / name).read_text() for name in _STYLES))
-        (folder / "features.js").write_text((_PAGES / _SCRIPT).read_text())
+        _write(folder / "style.css", "\n".join((_PAGES / name).read_text("utf-8") for name in _STYLES))
+        _write(folder / "features.js", (_PAGES / _SCRIPT).read_text("utf-8"))
         _write_latents(found, folder, vocabulary, environment)
-        (folder / INDEX).write_text(_call("index", _index(found, vocabulary)))
-        (folder / WORDS).write_text(_call("words", vocabulary.texts))
+        _write(folder / INDEX, _call("index", _index(found, vocabulary)))
+        _write(folder / WORDS, _call("words", vocabulary.texts))
         page = environment.get_template("features_index.html.jinja")
-        (folder / "index.html").write_text(page.render(about=about(found), run=found.run, n=len(found.shown)))
+        _write(folder / "index.html", page.render(about=about(found), run=found.run, n=len(found.shown)))
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
 
@@ -65,10 +66,11 @@ def _write_latents(found: Found, folder: Path, vocabulary: _Vocabulary, environm
         some = range(start, min(start + PER_SHARD, len(found.shown)))
         latents = {found.shown[i].latent: _latent(found, i, vocabulary) for i in some}
         shard = f"data/{start // PER_SHARD:05d}.js"
-        (folder / shard).write_text(_call("latents", latents))
+        _write(folder / shard, _call("latents", latents))
         for i in some:
             latent = found.shown[i].latent
-            (folder / "latents" / f"{latent}.html").write_text(
+            _write(
+                folder / "latents" / f"{latent}.html",
                 page.render(
                     run=found.run,
                     latent=latent,
@@ -76,7 +78,7 @@ def _write_latents(found: Found, folder: Path, vocabulary: _Vocabulary, environm
                     sentence=sentence(found, latent),
                     before=found.shown[i - 1].latent if i else None,
                     after=found.shown[i + 1].latent if i + 1 < len(found.shown) else None,
-                )
+                ),
             )
 
 
@@ -88,8 +90,8 @@ def about(found: Found) -> dict[str, Any]:
     return {
         "rows": f"{firings.n_rows:,} clean rows of {reading.cache.path.name}, {reading.hook.hook_point}: "
         f"{firings.n_held_out:,} held out of training and {trained:,} of training",
-        "model": str(reading.cache.plan.model.get("id")),
-        "text": str(reading.cache.plan.source.get("id")),
+        "model": public_name(reading.cache.plan.model.get("id")),
+        "text": public_name(reading.cache.plan.source.get("id")),
         "d_sae": reading.sae.d_sae,
         "dead": dead,
         "missing": found.words.missing,
@@ -104,7 +106,8 @@ def masked_sentence(found: Found) -> str:
         return ""
     variant = found.reading.cache.variant(found.reading.masked[1])
     by = f"'{variant.mask_string}'" if variant.mask_string else "a random token"
-    return f"{variant.mask_prob:.0%} of the tokens are replaced by {by}"
+    what = "words" if variant.kind == "mask_word" else "tokens"
+    return f"{100 * variant.mask_prob:.3g} % of the {what} are replaced by {by}"
 
 
 def sentence(found: Found, latent: int) -> str:
@@ -219,6 +222,10 @@ def _peaks(found: Found, shown: Shown, vocabulary: _Vocabulary) -> Iterator[int]
 def _short(value: float) -> float:
     """Five digits are more than a shade or a page shows."""
     return float(f"{float(value):.5g}")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _call(name: str, data: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cache_spec.hook_point import HookPoint
+from evaluate.cache_model import public_name
 from evaluate.features.gather import Band, Found, Shown
 from evaluate.features.running import bin_edges
 
@@ -113,7 +114,7 @@ def _heads(found: Found, names: Names) -> dict[str, dict[str, Any]]:
         "visibility": "PUBLIC",
         "num_prompts": found.firings.n_rows // plan.window_tokens,
         "num_tokens_in_prompt": plan.window_tokens,
-        "dataset": str(plan.source.get("id")),
+        "dataset": public_name(plan.source.get("id")),
         "notes": f"cache {plan.cache_id}, {found.firings.n_rows} rows",
     }
     return {
@@ -236,7 +237,7 @@ def activation(found: Found, i: int, part: _Activation, names: Names) -> dict[st
         "values": values,
         "creatorId": names.creator_id,
         "createdAt": names.at,
-        "dataSource": str(found.reading.cache.plan.source.get("id")),
+        "dataSource": public_name(found.reading.cache.plan.source.get("id")),
         "dataIndex": str(found.contexts.docs[part.place]),
         "binMin": low,
         "binMax": high,
