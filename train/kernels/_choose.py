@@ -10,8 +10,9 @@ from train.activations import BatchTopK, JumpReLU, TopK
 from train.kernels._entries import Entries, row_starts
 from train.kernels._search import Candidates, Groups, batch_bound, row_bounds
 
-MARGIN = 1 / 128
-"""Of a bound, as a share: what bfloat16 may have put so far below it by rounding is a candidate too."""
+MARGIN = 1 / 64
+"""Of a bound, as a share: what bfloat16 may have put so far below it by rounding is a candidate too: three standard
+deviations, and more where rows are wide."""
 Refine = Callable[[Tensor, Tensor], Tensor]
 """(row [n], latent [n]) -> pre-activations [n] in float32."""
 
