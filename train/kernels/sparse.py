@@ -28,8 +28,8 @@ _PENALTIES = {"auxk", "l0"}
 
 
 def unavailable(device: str) -> str:
-    """Why it cannot run on a device; empty: it runs on all."""
-    return ""
+    """Why it cannot run on a device, empty if it can."""
+    return "" if device.split(":")[0] in ("cpu", "cuda") else f"has not been tried on {device}"
 
 
 def refusal(job: Job) -> str:
