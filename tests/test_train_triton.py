@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load, save
 from train_fixtures import run_config
 
+from train.engine import Job
 from train.kernels import _cost, select
-from train.step import TrainRun
+from train.names import find
+from train.step import TrainRun, recipe_of
 
 ROOT = Path(__file__).parent.parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -61,6 +63,43 @@ SHAPE = Shape() if DEVICE == "cpu" else Shape(batch=131, d_model=97, d_sae=1031,
 def sparse_enough(monkeypatch):
     """JumpReLU's few latents are on more often than pays: let it be sparse all the same."""
     monkeypatch.setattr(_cost, "MAX_DENSITY", {"cpu": 1.0, "cuda": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "word"),
+    [
+        ("standard", {}, "not few"),
+        ("gated", {}, "not few"),
+        ("topk", {"consistency": 0.1}, "consistency"),
+        ("topk", {"skip": True}, "skip"),
+        ("batchtopk", {"penalties": ("l1=0.1",)}, "l1"),
+        ("batchtopk", {"penalties": ("l1=0",)}, ""),
+        ("jumprelu", {"penalties": ("auxk=0.1",)}, ""),
+        ("matryoshka", {}, ""),
+    ],
+)
+def test_what_it_cannot_train_it_refuses_and_says_why(arch, changes, word):
+    config = run_config(arch, **changes)
+    job = Job(recipe=recipe_of(config), config=config, d_model=8, d_out=8, batch_size=32)
+    problem = find("kernels", "triton").refusal(job)
+    assert word in problem
+    assert bool(problem) == bool(word)
+
+
+def test_where_it_cannot_run_it_says_what_is_missing(monkeypatch):
+    module = find("kernels", "triton")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in module.unavailable("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "CUDA" in module.unavailable("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds none" in module.unavailable("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not module.unavailable("cuda:1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not module.unavailable("cpu")
+    assert "interpreter" in module.unavailable("cuda")
 
 
 def batch(seed: int, width: int = SHAPE.d_model, n: int = SHAPE.batch) -> torch.Tensor:
@@ -187,6 +226,19 @@ def test_what_there_is_no_room_for_is_noticed_and_found_in_the_end():
 
 
 @in_triton
+def test_a_row_that_finds_too_few_is_looked_at_again(monkeypatch):
+    """With a sample that says nothing of the few large values: every first bound is too high."""
+    from train.kernels import _triton_search
+
+    monkeypatch.setattr(_triton_search, "sampled_ranks", lambda k, n: (1, n))
+    plain, ours = make_run("dense", "topk"), make_run("triton", "topk")
+    for run in (plain, ours):
+        with torch.no_grad():
+            run.sae.b_enc[:: _triton_search._EVERY] += torch.linspace(0.3, -1.0, len(run.sae.b_enc[::8])).to(DEVICE)
+    compare(plain, ours, 1)
+
+
+@in_triton
 @pytest.mark.parametrize("arch", ["batchtopk", "topk"])
 def test_codes_that_tie_are_kept_as_the_dense_kernel_keeps_them(arch):
     """All rows alike, and latents in pairs: every value is there many times."""
@@ -264,11 +316,12 @@ def loss_after_500_steps(kernel: str, batches: list[torch.Tensor], arch: str, mo
 
 @on_gpu
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_after_500_steps_the_loss_is_that_of_the_dense_kernel(arch, precision):
+def test_after_500_steps_the_loss_is_that_of_the_dense_kernel(arch):
+    """In half precision too: as codes are exact it is nearer to the dense kernel in float32 than that one's own is."""
     batches = [directions_and_noise(seed) for seed in range(25)]
-    losses = [loss_after_500_steps(kernel, batches, arch, precision=precision) for kernel in ("dense", "triton")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    wanted = loss_after_500_steps("dense", batches, arch)
+    for precision in ("fp32", "bf16"):
+        assert loss_after_500_steps("triton", batches, arch, precision=precision) == pytest.approx(wanted, rel=1e-3)
 
 
 @on_gpu
@@ -277,5 +330,4 @@ def test_after_500_steps_a_jumprelu_is_as_near_to_the_dense_kernel_as_that_to_it
     batches = [directions_and_noise(seed) for seed in range(25)]
     plain, ours = (loss_after_500_steps(kernel, batches, "jumprelu") for kernel in ("dense", "triton"))
     spread = [abs(loss_after_500_steps("dense", batches, "jumprelu", moved) - plain) for moved in (1e-6, -1e-6, 2e-6)]
-    print("jumprelu", plain, ours, spread)
     assert abs(ours - plain) < 3 * max(spread) + 1e-3 * plain

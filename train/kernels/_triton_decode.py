@@ -1,3 +1,4 @@
+# type: ignore - the functions below are in Triton's language, whose types a checker of Python does not know
 """Triton: reconstruction, loss and the gradients of the codes, from one gather of decoder rows."""
 
 import triton
@@ -13,6 +14,15 @@ def first_beyond(code_latent, start, end, bound, BLOCK: tl.constexpr):
         latent = tl.load(code_latent + place, mask=place < end, other=0)
         n += tl.sum(((latent < bound) & (place < end)).to(tl.int32), 0)
     return start + n
+
+
+@triton.jit
+def group_end(code_latent, begin, end, prefixes, GROUP: tl.constexpr, PREFIXES: tl.constexpr):
+    """Where the codes of a group of latents end in a row's codes: those of the last with them."""
+    stop = end
+    if GROUP < PREFIXES - 1:
+        stop = first_beyond(code_latent, begin, end, tl.load(prefixes + GROUP), 64)
+    return stop
 
 
 @triton.jit
@@ -52,9 +62,7 @@ def decode(
 
     reconstruction [n_rows, width] from all latents. errors [n_blocks, n_rows]: squared, summed over prefixes.
     pulls [n_rows, PREFIXES, width]: the loss's gradient in what the latents of each group add: all prefixes from
-    theirs on have them. dots [n_blocks, capacity]: the codes' gradients, to be summed over blocks.
-    Two turns over the same decoder rows: the first sums the residuals of all prefixes, the second finds them in the
-    cache and takes off what earlier prefixes have seen.
+    theirs on have them. dots [n_blocks, capacity]: the codes' gradients by block. The rows' second turn is from cache.
     """
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -66,9 +74,7 @@ def decode(
     wanted = tl.load(target + at, mask=inside, other=0.0)
     made, all_residuals, squares, start = offset, tl.zeros((COLUMNS,), tl.float32), 0.0, begin
     for group in tl.static_range(PREFIXES):
-        stop = end
-        if group < PREFIXES - 1:
-            stop = first_beyond(code_latent, begin, end, tl.load(prefixes + group), 64)
+        stop = group_end(code_latent, begin, end, prefixes, group, PREFIXES)
         for first in range(start, stop, CODES):
             each, rows, _, _ = decoder_rows(W, code, code_latent, first, stop, column, inside, width, CODES)
             made += tl.sum(each[:, None] * rows, 0)
@@ -80,9 +86,7 @@ def decode(
     tl.store(errors + block * n_rows + row, squares)
     made, seen, start = offset, tl.zeros((COLUMNS,), tl.float32), begin
     for group in tl.static_range(PREFIXES):
-        stop = end
-        if group < PREFIXES - 1:
-            stop = first_beyond(code_latent, begin, end, tl.load(prefixes + group), 64)
+        stop = group_end(code_latent, begin, end, prefixes, group, PREFIXES)
         pull = -scale * (all_residuals - seen)
         tl.store(pulls + (row.to(tl.int64) * PREFIXES + group) * width + column, pull, mask=inside)
         for first in range(start, stop, CODES):

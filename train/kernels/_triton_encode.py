@@ -1,3 +1,4 @@
+# type: ignore - the functions below are in Triton's language, whose types a checker of Python does not know
 """Triton: the encoder's product with the choice of candidates in its epilogue, and their list.
 
 Of [batch, d_sae] pre-activations only those that reach a bound leave the chip. Each (row, tile of latents) has a fixed
@@ -6,6 +7,47 @@ number of slots and a count of its own, so no program waits for another and the 
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def product_of(
+    x,
+    W,
+    row,
+    latent,
+    is_row,
+    is_latent,
+    d_model,
+    WIDEN: tl.constexpr,
+    EVEN: tl.constexpr,
+    INPUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """[ROWS, LATENTS]: the products of rows of x and of W, both [n, d_model]."""
+    product = tl.zeros((ROWS, LATENTS), tl.float32)
+    of_row, of_latent = row.to(tl.int64)[:, None] * d_model, latent.to(tl.int64)[None, :] * d_model
+    for start in range(0, d_model, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        if EVEN:
+            left = tl.load(x + of_row + at[None, :], mask=is_row[:, None], other=0.0)
+            right = tl.load(W + of_latent + at[:, None], mask=is_latent[None, :], other=0.0)
+        else:
+            inside = at < d_model
+            left = tl.load(x + of_row + at[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
+            right = tl.load(W + of_latent + at[:, None], mask=inside[:, None] & is_latent[None, :], other=0.0)
+        if WIDEN:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        product = tl.dot(left, right, product, input_precision=INPUT)
+    return product
+
+
+@triton.jit
+def places(wanted, LATENTS: tl.constexpr):
+    """How many are wanted before each, in its row: a product of zeros and ones, much faster than a scan."""
+    at = tl.arange(0, LATENTS)
+    return tl.dot(wanted.to(tl.float16), (at[:, None] < at[None, :]).to(tl.float16)).to(tl.int32)
 
 
 @triton.jit
@@ -38,8 +80,7 @@ def candidates_of(
 
     values and latents [n_rows, n_tiles, SLOTS], counts [n_rows, n_tiles]; a count above SLOTS tells what did not fit.
     A candidate is positive and not below its row's bound, or not below its latent's bound; NaN is one always.
-    AGAIN: only the first n_chosen [1] rows of those that `chosen` [n_rows] lists. WIDEN: for the interpreter, which
-    has no bfloat16.
+    AGAIN: only the first n_chosen [1] rows of those that `chosen` lists. WIDEN: the interpreter has no bfloat16.
     """
     program = tl.program_id(0)
     n_row_tiles = tl.cdiv(n_rows, ROWS)
@@ -54,20 +95,7 @@ def candidates_of(
             return
         is_row = row < n
         row = tl.load(chosen + row, mask=is_row, other=0).to(tl.int32)
-    product = tl.zeros((ROWS, LATENTS), tl.float32)
-    of_row, of_latent = row.to(tl.int64)[:, None] * d_model, latent.to(tl.int64)[None, :] * d_model
-    for start in range(0, d_model, DEPTH):
-        at = start + tl.arange(0, DEPTH)
-        if EVEN:
-            left = tl.load(x + of_row + at[None, :], mask=is_row[:, None], other=0.0)
-            right = tl.load(W + of_latent + at[:, None], mask=is_latent[None, :], other=0.0)
-        else:
-            inside = at < d_model
-            left = tl.load(x + of_row + at[None, :], mask=is_row[:, None] & inside[None, :], other=0.0)
-            right = tl.load(W + of_latent + at[:, None], mask=inside[:, None] & is_latent[None, :], other=0.0)
-        if WIDEN:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        product = tl.dot(left, right, product, input_precision=INPUT)
+    product = product_of(x, W, row, latent, is_row, is_latent, d_model, WIDEN, EVEN, INPUT, ROWS, LATENTS, DEPTH)
     pre = product + tl.load(b_enc + latent, mask=is_latent, other=0.0)[None, :]
     if BY_LATENT:
         wanted = (pre < tl.load(latent_bound + latent, mask=is_latent, other=0.0)[None, :]) == 0
@@ -75,10 +103,7 @@ def candidates_of(
         bound = tl.load(row_bound + row, mask=is_row, other=0.0)[:, None]
         wanted = ((pre < bound) | (pre <= 0.0)) == 0
     wanted = wanted & is_row[:, None] & is_latent[None, :]
-    # How many candidates a row has before each place: a product of zeros and ones, much faster than a scan.
-    at, before = tl.arange(0, LATENTS), tl.arange(0, LATENTS)
-    ones = wanted.to(tl.float16)
-    place = tl.dot(ones, (before[:, None] < at[None, :]).to(tl.float16)).to(tl.int32)
+    place = places(wanted, LATENTS)
     cell = row.to(tl.int64) * n_tiles + tile
     to = (cell * SLOTS)[:, None] + place
     fits = wanted & (place < SLOTS)

@@ -1,3 +1,4 @@
+# type: ignore - the functions below are in Triton's language, whose types a checker of Python does not know
 """Triton: which candidates are codes. Exact: thresholds are found in the bits of the numbers, not by halving.
 
 The bits of a positive float32, read as an integer, order as the numbers do. NaN counts as the largest, as where torch

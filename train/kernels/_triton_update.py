@@ -1,3 +1,4 @@
+# type: ignore - the functions below are in Triton's language, whose types a checker of Python does not know
 """Triton: sums over the codes of each latent, and Adam with all that goes with it in one pass over the weights.
 
 The clip needs the length of the whole gradient before the first weight moves. So gradients are written once and read

@@ -219,9 +219,9 @@ class Triton:
         if not self._has_level:
             return
         surplus = found.n_candidates / (self._run.config.k * n_rows)
-        if surplus > 1.35:
-            self._gap = max(0.01, 0.93 * self._gap)
-        elif surplus < 1.15:
+        if surplus > 1.25:
+            self._gap = max(0.002, 0.93 * self._gap)
+        elif surplus < 1.1:
             self._gap = min(0.9, 1.15 * self._gap)
 
     def _sampled_level(self, x: Tensor) -> Tensor:
