@@ -212,6 +212,8 @@ const granary = (() => {
     };
     const update = () => {
       found = sorted(matches(search.value), sort.value);
+      const asked = found.findIndex((i) => String(index.latent[i]) === search.value.trim());
+      if (asked > 0) found.unshift(...found.splice(asked, 1));  // the very latent, for Enter to open
       body.replaceChildren();
       n = 0;
       fill();
