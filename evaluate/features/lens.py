@@ -73,7 +73,7 @@ def nearest(directions: Tensor, latents: np.ndarray, n: int = N_NEAREST) -> tupl
     parts: list[tuple[Tensor, Tensor]] = []
     for part in chosen.split(max(1, _BATCH_VALUES // len(units))):
         cosines = units[part] @ units.T
-        cosines[torch.arange(len(part)), part] = -torch.inf
+        cosines[torch.arange(len(part), device=part.device), part] = -torch.inf
         best = cosines.topk(n, dim=1)
         parts.append((best.indices, best.values))
     indices, values = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
