@@ -174,15 +174,15 @@ class Options:
     bandwidth: Annotated[
         float, _option(help="(training) Width of the window in which a jumprelu threshold learns.")
     ] = 0.001
+    precision: Annotated[
+        str, _option(help="(training) Of matrix products: fp32 or bf16; weights and losses are float32 in both.")
+    ] = "fp32"
 
     # the machine
     device: Annotated[str, _option(help="(machine) Where to train: cpu, cuda, cuda:1, mps.")] = "cpu"
     kernel: Annotated[
         str, _option(help=f"(machine) How steps are computed: {_kernels}, or auto, the fastest for the shape.")
     ] = "auto"
-    precision: Annotated[
-        str, _option(help="(training) Of matrix products: fp32 or bf16; weights and losses are float32 in both.")
-    ] = "fp32"
     memory: Annotated[
         str,
         _option(
@@ -204,4 +204,11 @@ class Options:
     track: Annotated[
         str, _option(help="(run) Also log to wandb, trackio or tensorboard; log.jsonl is written always.")
     ] = ""
+    profile: Annotated[
+        bool,
+        _option(
+            "--profile",
+            help="(run) Profile a few steps: print where their time goes, write the trace into OUT/profile, go on.",
+        ),
+    ] = False
     dry_run: Annotated[bool, _option("--dry-run", help="(run) Print what would be trained, and stop.")] = False
