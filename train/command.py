@@ -48,7 +48,7 @@ def run(options: Options, given: Set[str]) -> None:
     n_threads = torch.get_num_threads() if loader.device.type == "cpu" else 1
     memory = memory or free_memory(loader.device)
     print_preset(options.preset, preset)
-    print_plan(loader, runs, n_threads, memory)
+    print_plan(loader, runs, n_threads, memory, options.kernel)
     if options.dry_run:
         return
     keep_freed_memory()

@@ -78,7 +78,7 @@ def train_sweep(
     waiting = [entry for entry in entries if entry.is_waiting]
     if profile and not waiting:
         _log.info("nothing is left to train, so there is nothing to profile")
-    split([entry.config for entry in waiting], loader, n_threads, memory)  # refuses what does not fit
+    split([entry.config for entry in waiting], loader, n_threads, memory, kernel)  # refuses what does not fit
     held_out: _HeldOut = (None, None)
     if waiting:
         with before_training():
@@ -88,9 +88,9 @@ def train_sweep(
             _hold(entry, held)
         waiting = [entry for entry in waiting if entry.is_waiting]
         by_name = {entry.config.name: entry for entry in waiting}
-        passes = split([entry.config for entry in waiting], loader, n_threads, memory)
+        passes = split([entry.config for entry in waiting], loader, n_threads, memory, kernel)
         if len(passes) > 1:
-            needed = needed_bytes([entry.config for entry in waiting], loader, n_threads)
+            needed = needed_bytes([entry.config for entry in waiting], loader, n_threads, kernel)
             _log.info("%s", passes_sentence(passes, needed, memory))
         sweep = _Sweep(loader, checkpoint_every, n_threads, open_tracker, held_out, out / PROFILE if profile else None)
         sweep.run([[by_name[config.name] for config in part] for part in passes])
