@@ -127,6 +127,7 @@ def test_dry_run_prints_the_runs_and_writes_nothing(cache, tmp_path):
         (["--tokens", "many"], "--tokens is 'many'"),
         (["--batch-size", "4096", "--tokens", "1M"], "lower --batch-size"),
         (["--lr", "0"], "--lr 0.0 is not positive"),
+        (["--profile", "--dry-run"], "--profile looks at steps of training and --dry-run makes none; leave one"),
         (["--kernel", "warp"], "no kernel 'warp'; there are dense"),
         (["--precision", "fp8"], "--precision fp8 is unknown; it is one of fp32, bf16"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),

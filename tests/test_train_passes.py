@@ -1,6 +1,10 @@
 """The memory plan: what fits together trains together, and what is printed is what is done."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from train.passes import (
     passes_sentence,
     split,
     state_bytes,
+    step_bytes,
     threads_of,
 )
 from train.step import TrainRun
@@ -117,3 +122,68 @@ def test_a_wider_output_and_a_skip_cost_what_they_hold(loader):
     config = run_config(d_sae=100)
     assert n_parameters(config, 8, 16) - n_parameters(config, 8, 8) == 8 * 100 + 8
     assert n_parameters(replace(config, skip=True), 8, 16) - n_parameters(config, 8, 16) == 8 * 16
+
+
+def test_a_sparse_step_is_planned_with_what_it_holds_and_auto_with_the_kernel_that_it_takes(loader):
+    wide = run_config("batchtopk", d_sae=4096, k=8)
+    dense, sparse = (needed_bytes([wide], loader, 1, kernel) for kernel in ("dense", "sparse"))
+    assert sparse < dense
+    assert needed_bytes([wide], loader, 1) == sparse
+    many = replace(wide, k=2048)
+    assert needed_bytes([many], loader, 1) == needed_bytes([many], loader, 1, "dense") == dense
+    assert needed_bytes([many], loader, 1, "sparse") > sparse
+    without = replace(wide, penalties=("auxk=0",))
+    assert needed_bytes([without], loader, 1) < sparse
+    nested = replace(wide, arch="matryoshka")
+    assert needed_bytes([nested], loader, 1) > sparse
+    gated = run_config("gated")
+    assert needed_bytes([gated], loader, 1) == needed_bytes([gated], loader, 1, "dense")
+    with pytest.raises(UserError, match="--kernel sparse cannot train gated"):
+        split([gated], loader, 1, 1 << 40, "sparse")
+
+
+def test_a_jumprelu_s_first_steps_are_dense_whatever_the_kernel(loader):
+    config = run_config("jumprelu", d_sae=4096, k=8)
+    assert step_bytes(config, loader, "sparse") > step_bytes(config, loader, "dense")
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+from train_fixtures import run_config
+from train.kernels import select
+from train.report import keep_freed_memory
+from train.step import TrainRun
+
+
+def held(what):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(what))
+
+
+torch.set_num_threads(1)
+keep_freed_memory()
+x = torch.randn(1024, 64)
+small = TrainRun(run_config("topk"), 64, 60, select(sys.argv[1], "cpu"))
+small.step(x, x)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = held("VmRSS")
+run = TrainRun(run_config(sys.argv[2], d_sae=4096, k=20), 64, 60, select(sys.argv[1], "cpu"))
+for _ in range(4):
+    run.step(x, x)
+print(held("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell the peak")
+@pytest.mark.parametrize(("kernel", "arch"), [("dense", "topk"), ("sparse", "matryoshka")])
+def test_a_process_that_trains_needs_no_more_than_the_plan_says(tmp_path, kernel, arch):
+    cache = make_training_cache(tmp_path / "cache", n_train=2048, d_model=64)
+    loader = MixedBatchLoader(cache, replace(DATA, batch_size=1024, n_tokens=1024 * 60))
+    config = run_config(arch, d_sae=4096, k=20)
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", MEASURED, kernel, arch]
+    paths = {"PYTHONPATH": f"{root}:{root / 'tests'}", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=paths, cwd=root)
+    planned = state_bytes(config, loader) + step_bytes(config, loader, kernel)
+    assert 0.25 * planned < int(done.stdout) * 1024 < planned

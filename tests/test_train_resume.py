@@ -46,14 +46,14 @@ def interrupted_at(step: int):
     stream = MixedBatchLoader.stream
 
     @contextmanager
-    def stopping(self, first, last, with_masked=True):
+    def stopping(self, first, last, mixtures):
         def until(rows):
             for each in rows:
                 if each.step == step:
                     raise KeyboardInterrupt
                 yield each
 
-        with stream(self, first, last, with_masked) as rows:
+        with stream(self, first, last, mixtures) as rows:
             yield until(rows)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -216,14 +216,14 @@ def test_a_damaged_file_that_only_comes_up_in_training_costs_no_step(whole, load
     stream = MixedBatchLoader.stream
 
     @contextmanager
-    def failing(self, first, last, with_masked=True):
+    def failing(self, first, last, mixtures):
         def until(rows):
             for each in rows:
                 if each.step == 20:
                     raise CacheDamaged("c/3/0 fails its checksum; delete its record and run the same harvest")
                 yield each
 
-        with stream(self, first, last, with_masked) as rows:
+        with stream(self, first, last, mixtures) as rows:
             yield until(rows)
 
     with monkeypatch.context() as patch:

@@ -13,6 +13,7 @@ from cache_spec import UserError
 from train.activations import BatchTopK, JumpReLU, TopK
 from train.kernels import Job, select
 from train.kernels._choose import choose_batchtopk, choose_jumprelu, choose_topk
+from train.kernels._cost import saving
 from train.kernels._entries import by_latent, row_starts
 from train.kernels._search import Groups, batch_bound, row_bounds
 from train.kernels._sums import dots, row_dots, weighted_sums
@@ -197,8 +198,11 @@ def test_auto_takes_the_faster_and_says_why_and_a_name_means_that_one_or_an_erro
 
     assert chosen("batchtopk", 8192)[0] == "sparse"
     assert "k / d_sae = 0.39%" in chosen("batchtopk", 8192)[1]
-    assert chosen("topk", 512) == ("dense", "k / d_sae = 6.25%, and above 3.0% dense products are faster")
-    assert chosen("topk", 2048, 16) == ("dense", "the step is so small that dense products are faster")
+    assert chosen("topk", 512) == ("dense", "k / d_sae = 6.25%, and above 5.0% dense products are faster")
+    assert chosen("topk", 2048, 16)[0] == "sparse"
+    assert saving(job("topk", 8192, 16), "cuda") == (False, "the step is so small that dense products are faster")
+    assert saving(job("topk", 8192, 4096), "cuda")[0]
+    assert not saving(job("topk", 2048, 1 << 16), "cuda")[0]
     assert chosen("standard", 8192) == ("dense", "sparse cannot: the codes of standard are not few")
     assert chosen("topk", 8192, consistency=1.0)[1] == "sparse cannot: --consistency compares whole codes"
     assert chosen("topk", 8192, penalties=("l1=0.1",))[1] == "sparse cannot: the penalty l1 looks at whole codes"

@@ -15,12 +15,17 @@ _log = logging.getLogger(__name__)
 
 def kernels_for(loader: MixedBatchLoader, configs: Sequence[RunConfig], name: str) -> list[Kernel]:
     """The kernel of each run. Raises UserError for a name that is unknown, or that cannot train one of them."""
-    kernels = [select(name, str(loader.device), job_of(config, loader)) for config in configs]
+    kernels = [kernel_of(config, loader, name) for config in configs]
     choices = Counter((kernel.name, kernel.why) for kernel in kernels)
     for (chosen, why), n in choices.items():
         whose = f" for {n} of {len(configs)} SAEs" if len(choices) > 1 else ""
         _log.info("kernel: %s%s (%s)", chosen, whose, f"auto: {why}" if why else "as asked for")
     return kernels
+
+
+def kernel_of(config: RunConfig, loader: MixedBatchLoader, name: str) -> Kernel:
+    """The kernel of one run, said to nobody."""
+    return select(name, str(loader.device), job_of(config, loader))
 
 
 def job_of(config: RunConfig, loader: MixedBatchLoader) -> Job:

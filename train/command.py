@@ -7,6 +7,7 @@ import torch
 
 from cache_spec.cache import ActivationCache
 from cache_spec.counts import parse_count
+from cache_spec.errors import UserError
 from train.config import DataConfig
 from train.grid import Lists, Settings, check_target, make_runs
 from train.loader import MixedBatchLoader
@@ -27,6 +28,8 @@ def run(options: Options, given: Set[str]) -> None:
     options, preset = with_preset(options, given)
     open_tracker = open_trackers(options.track)
     lists = read_lists(options)
+    if options.profile and options.dry_run:
+        raise UserError("--profile looks at steps of training and --dry-run makes none; leave one of them out")
     memory = parse_memory(options.memory) if options.memory else None
     loader = _open(options, lists)
     schedule = schedule_for(
@@ -45,7 +48,7 @@ def run(options: Options, given: Set[str]) -> None:
     n_threads = torch.get_num_threads() if loader.device.type == "cpu" else 1
     memory = memory or free_memory(loader.device)
     print_preset(options.preset, preset)
-    print_plan(loader, runs, n_threads, memory)
+    print_plan(loader, runs, n_threads, memory, options.kernel)
     if options.dry_run:
         return
     keep_freed_memory()
@@ -59,6 +62,7 @@ def run(options: Options, given: Set[str]) -> None:
         n_threads=n_threads,
         memory=memory,
         open_tracker=open_tracker,
+        profile=options.profile,
     )
     print_results(facts, options.out)
     if sentence := failures_sentence(facts):

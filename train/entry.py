@@ -17,6 +17,7 @@ from train.loader import MixedBatchLoader
 from train.mixing import Batch, Mixture
 from train.names import find, parse_setting
 from train.run_folder import FAILED, TRAINING, read_facts, write_facts
+from train.spans import LOG, MIX, span
 from train.step import TrainRun, learning_rate
 from train.tracking import OpenTracker, Tracker
 
@@ -81,11 +82,17 @@ class Entry:
     def step(self, batch: Batch, loader: MixedBatchLoader, checkpoint_every: int) -> None:
         """One step, with its log line and its checkpoint when they are due. Sets `failure` instead of going on."""
         run = self.training
-        x, target = self._views(batch, loader)
+        with span(MIX):
+            x, target = self._views(batch, loader)
         if self.config.consistency:
             outcome = run.step(x, target, twin=batch.twin, paired=batch.paired)
         else:
             outcome = run.step(x, target)
+        with span(LOG):
+            self._after(outcome, target, loader, checkpoint_every)
+
+    def _after(self, outcome: Outcome, target: Tensor, loader: MixedBatchLoader, checkpoint_every: int) -> None:
+        run = self.training
         last = run.n_done == loader.n_steps
         checkpoint = run.n_done % checkpoint_every == 0 and not last
         every = max(1, min(LOG_EVERY, loader.n_steps // LOG_EVERY))

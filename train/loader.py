@@ -22,6 +22,7 @@ from train.read_ahead import read_ahead
 from train.readers import Reader, choose_io, open_reader
 from train.scale import SamplePart, measure
 from train.schedule import RowSchedule
+from train.spans import READ, span
 from train.staging import Memory, Stage, copy_stream
 from train.stream import Stream
 from train.views import View, segments_of, views_of
@@ -110,7 +111,8 @@ class MixedBatchLoader:
 
         def make(step: int, slot: int) -> tuple[Stage, Rows]:
             stages[slot].wait()
-            return stages[slot], self._send(self.fill(stages[slot], step, mixtures))
+            with span(READ):
+                return stages[slot], self._send(self.fill(stages[slot], step, mixtures))
 
         with read_ahead(make, range(first, last), n_slots=len(stages), n_threads=self.data.readers) as results:
             yield Stream(results)

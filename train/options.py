@@ -204,4 +204,11 @@ class Options:
     track: Annotated[
         str, _option(help="(run) Also log to wandb, trackio or tensorboard; log.jsonl is written always.")
     ] = ""
+    profile: Annotated[
+        bool,
+        _option(
+            "--profile",
+            help="(run) Profile a few steps: print where their time goes, write the trace into OUT/profile, go on.",
+        ),
+    ] = False
     dry_run: Annotated[bool, _option("--dry-run", help="(run) Print what would be trained, and stop.")] = False

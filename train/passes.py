@@ -2,19 +2,33 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from cache_spec.errors import UserError
+from train.activations import JumpReLU
+from train.choosing import job_of, kernel_of
 from train.config import RunConfig
 from train.held_out import MAX_ROWS
 from train.loader import MixedBatchLoader
+from train.step import penalties_of
 
 _STATE_BYTES = 16  # a parameter's weight, gradient and two moments in float32
 _SAVED_BYTES = 12  # of these, what a checkpoint being written holds once more, on the host
-_STEP_COPIES = 7  # [batch, d_sae] float32 tensors that a dense step holds at its peak: 3.5 (standard) to 6.7 (jumprelu)
+# What a step holds at its peak, by the resident memory of a process of its own, with freed memory kept as in training,
+# at (d_model, d_sae, k, batch) = (128, 8192, 80, 2048) and (512, 4096, 40, 4096), less the state above.
+_DENSE_COPIES = 10  # [batch, d_sae] float32 tensors; measured: topk 8.6 and 9.5, matryoshka 9.9, jumprelu in bf16 9.8
+_PRE_ACTIVATIONS = 1  # such tensors that a sparse step keeps, a thread
+_DEAD_COPIES = 2  # of auxk with a quarter of the latents dead; measured: 4 and 8 times the share that is dead
+_ROW_COPIES = 16  # [batch, d_out] float32 tensors
+_ENTRY_BYTES, _GROUPED_ENTRY_BYTES = (
+    900,
+    1200,
+)  # a code that is on, with one prefix and with several; measured: topk 650,
+# batchtopk 740 (of 80 codes a row; 440 of 240), in bf16 890, matryoshka 1110
 _SMALL_STEP = 5e9  # floating-point operations below which one thread is the fastest
 USABLE = 90  # percent of what is free; the rest is for what nobody planned
 _GIB = 2**30
@@ -41,21 +55,50 @@ def state_bytes(config: RunConfig, loader: MixedBatchLoader) -> int:
     return _STATE_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
 
 
-def needed_bytes(configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int) -> int:
-    """An estimate for SAEs that train together: their states, the steps that run at once, and the rows."""
-    batch, widths = loader.data.batch_size, loader.hook.d_model + loader.d_out
-    steps = []
-    for config in configs:
-        step = 4 * batch * (_STEP_COPIES * config.d_sae + 4 * loader.d_out)
-        saved = _SAVED_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
-        steps.append(step + (saved if loader.device.type == "cpu" else 0))
-    at_once = sum(sorted(steps, reverse=True)[:n_threads])
-    rows = 4 * widths * (2 * batch * (2 + loader.data.read_ahead) + MAX_ROWS)
-    return sum(state_bytes(config, loader) for config in configs) + at_once + rows
+def step_bytes(config: RunConfig, loader: MixedBatchLoader, kernel: str) -> int:
+    """What one step holds beside the state at its peak, with the kernel of that name: dense, or one like sparse."""
+    batch, recipe = loader.data.batch_size, job_of(config, loader).recipe
+    rows = 4 * batch * loader.d_out
+    copies = _PRE_ACTIVATIONS + (_DEAD_COPIES if penalties_of(config, recipe).get("auxk") else 0)
+    entry = _GROUPED_ENTRY_BYTES if len(recipe.prefixes) > 1 else _ENTRY_BYTES
+    sparse = 4 * batch * copies * config.d_sae + entry * batch * config.k + _ROW_COPIES * rows
+    dense = 4 * batch * _DENSE_COPIES * config.d_sae + 4 * rows
+    if kernel == "dense":
+        return dense
+    return sparse + (dense if isinstance(recipe.activation, JumpReLU) else 0)  # its first steps are dense
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Bytes of one SAE, from step to step and in a step."""
+
+    state: int
+    step: int
+
+
+def _need(config: RunConfig, loader: MixedBatchLoader, kernel: str) -> _Need:
+    saved = _SAVED_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
+    step = step_bytes(config, loader, kernel_of(config, loader, kernel).name)
+    return _Need(state_bytes(config, loader), step + (saved if loader.device.type == "cpu" else 0))
+
+
+def _together(needs: Sequence[_Need], loader: MixedBatchLoader, n_threads: int) -> int:
+    at_once = sum(sorted((need.step for need in needs), reverse=True)[:n_threads])
+    widths = loader.hook.d_model + loader.d_out
+    rows = 4 * widths * (2 * loader.data.batch_size * (2 + loader.data.read_ahead) + MAX_ROWS)
+    return sum(need.state for need in needs) + at_once + rows
+
+
+def needed_bytes(configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int, kernel: str = "auto") -> int:
+    """An estimate for SAEs that train together: their states, the steps that run at once, and the rows.
+
+    `kernel` is what was asked for. Raises UserError if it cannot train one of them.
+    """
+    return _together([_need(config, loader, kernel) for config in configs], loader, n_threads)
 
 
 def split(
-    configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int, free: int | None
+    configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int, free: int | None, kernel: str = "auto"
 ) -> list[list[RunConfig]]:
     """The runs in as few passes as fit into `free` bytes (None: any), of sizes that differ by at most one.
 
@@ -63,14 +106,14 @@ def split(
     """
     if free is None or not configs:
         return [list(configs)]
+    needs = [_need(config, loader, kernel) for config in configs]
     for n_passes in range(1, len(configs) + 1):
         ends = [len(configs) * i // n_passes for i in range(n_passes + 1)]
-        passes = [list(configs[start:end]) for start, end in pairwise(ends)]
-        if all(needed_bytes(part, loader, n_threads) <= free for part in passes):
-            return passes
-    largest = max(configs, key=lambda config: needed_bytes([config], loader, n_threads))
+        if all(_together(needs[start:end], loader, n_threads) <= free for start, end in pairwise(ends)):
+            return [list(configs[start:end]) for start, end in pairwise(ends)]
+    needed, i = max((_together([need], loader, n_threads), i) for i, need in enumerate(needs))
     raise UserError(
-        f"{largest.name} alone needs {gib(needed_bytes([largest], loader, n_threads))} and {gib(free)} are free on "
+        f"{configs[i].name} alone needs {gib(needed)} and {gib(free)} are free on "
         f"{loader.device}; lower --d-sae or --batch-size, take another --device, or raise --memory if you know better"
     )
 

@@ -27,7 +27,9 @@ def print_preset(name: str, settings: dict[str, Any]) -> None:
         print(f"preset    {name}: {' '.join(words) or 'everything in it was given'}")
 
 
-def print_plan(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None) -> None:
+def print_plan(
+    loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None, kernel: str
+) -> None:
     """The rows, the schedule, the memory and the passes, and each run. Raises UserError if one does not fit."""
     data, scale = loader.data, loader.scale
     plan = loader.cache.plan
@@ -47,8 +49,10 @@ def print_plan(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: i
     moved = "" if scale.displacement is None else f"; a masked row moves by {scale.displacement:.1%} of that, in square"
     print(f"scale     rows are {scale.norm_factor:.4g} long (root mean square){moved}")
     _print_schedule(runs[0], loader.n_steps)
-    passes = split(runs, loader, n_threads, free)
-    print(f"memory    {passes_sentence(passes, needed_bytes(runs, loader, n_threads), free)} (on {loader.device})")
+    passes = split(runs, loader, n_threads, free, kernel)
+    print(
+        f"memory    {passes_sentence(passes, needed_bytes(runs, loader, n_threads, kernel), free)} (on {loader.device})"
+    )
     print(f"runs      {len(runs)}")
     width = max(len(run.name) for run in runs)
     for run in runs:

@@ -23,6 +23,7 @@ from train.held_out import held_out_rows, held_out_targets, measure_held_out
 from train.loader import MixedBatchLoader
 from train.mixing import Rows
 from train.passes import needed_bytes, passes_sentence, split, threads_of
+from train.profile import PROFILE, profiling
 from train.reading import before_training
 from train.run_folder import (
     COMPLETE,
@@ -36,6 +37,7 @@ from train.run_folder import (
     read_facts,
 )
 from train.schedule import epoch_ended
+from train.spans import MIX, SAE_STEP, WAIT, span
 from train.tracking import OpenTracker
 from train.workers import Workers, workers
 
@@ -61,18 +63,22 @@ def train_sweep(
     n_threads: int = 1,
     memory: int | None = None,
     open_tracker: OpenTracker | None = None,
+    profile: bool = False,
 ) -> list[dict[str, Any]]:
     """Train all runs and write each into `out`/<name>; returns what their run.json says in the end.
 
     Every run sees the same rows in the same order, and on a CPU ends with the same bits whatever trains beside it.
     With `resume`, complete runs are skipped and the others go on from their checkpoints, to the bit as if nothing had
     happened. Runs that do not fit into `memory` bytes together (None: any) are trained in several passes over the
-    cache. A run whose loss is not finite ends with the status "failed", and the others go on. Raises UserError,
-    before anything is written, for a folder that holds another run of the same name or that another process trains.
+    cache. A run whose loss is not finite ends with the status "failed", and the others go on. With `profile` a few
+    steps of the first pass are profiled, which changes no result (train/profile.py). Raises UserError, before anything
+    is written, for a folder that holds another run of the same name or that another process trains.
     """
     entries = _prepare(loader, configs, out, kernels_for(loader, configs, kernel), resume)
     waiting = [entry for entry in entries if entry.is_waiting]
-    split([entry.config for entry in waiting], loader, n_threads, memory)  # refuses what does not fit
+    if profile and not waiting:
+        _log.info("nothing is left to train, so there is nothing to profile")
+    split([entry.config for entry in waiting], loader, n_threads, memory, kernel)  # refuses what does not fit
     held_out: _HeldOut = (None, None)
     if waiting:
         with before_training():
@@ -82,11 +88,11 @@ def train_sweep(
             _hold(entry, held)
         waiting = [entry for entry in waiting if entry.is_waiting]
         by_name = {entry.config.name: entry for entry in waiting}
-        passes = split([entry.config for entry in waiting], loader, n_threads, memory)
+        passes = split([entry.config for entry in waiting], loader, n_threads, memory, kernel)
         if len(passes) > 1:
-            needed = needed_bytes([entry.config for entry in waiting], loader, n_threads)
+            needed = needed_bytes([entry.config for entry in waiting], loader, n_threads, kernel)
             _log.info("%s", passes_sentence(passes, needed, memory))
-        sweep = _Sweep(loader, checkpoint_every, n_threads, open_tracker, held_out)
+        sweep = _Sweep(loader, checkpoint_every, n_threads, open_tracker, held_out, out / PROFILE if profile else None)
         sweep.run([[by_name[config.name] for config in part] for part in passes])
     return [entry.facts for entry in entries]
 
@@ -155,9 +161,11 @@ class _Sweep:
         n_threads: int,
         open_tracker: OpenTracker | None,
         held_out: _HeldOut,
+        profile: Path | None,
     ) -> None:
         self._loader, self._open_tracker, self._held_out = loader, open_tracker, held_out
         self._checkpoint_every, self._n_threads = checkpoint_every, n_threads
+        self._profile = profile  # where to; only the first steps of all are profiled
 
     def run(self, passes: list[list[Entry]]) -> None:
         """Train and finish one pass after the other."""
@@ -193,12 +201,15 @@ class _Sweep:
             loader.stream(first, loader.n_steps, {entry.mixture for entry in entries}) as stream,
             workers(self._n_threads if loader.device.type == "cpu" else 1) as pool,
             _stopped_at_ctrl_c(pool),
+            profiling(self._profile, loader, stream, range(first, loader.n_steps), len(entries)) as begin_step,
         ):
+            self._profile = None
             rows = next(stream, None)
             while rows is not None:
                 if words := epoch_ended(loader.schedule, rows.step):
                     _log.info("%s", words)
                 current = [entry for entry in entries if entry.run is not None and entry.run.n_done == rows.step]
+                begin_step(rows.step, len(current))
                 following = self._step(current, rows, pool, lambda: next(stream, None))
                 for entry in current:
                     if entry.failure:
@@ -214,16 +225,21 @@ class _Sweep:
     def _step(self, entries: list[Entry], rows: Rows, pool: Workers, read: Callable[[], Rows | None]) -> Rows | None:
         """One step of every run that is at this step, each on its own mix of the rows; gives the next rows."""
         loader, mixed = self._loader, {}
-        for entry in entries:
-            if entry.mixture not in mixed:
-                fraction, schedule, with_twin = entry.mixture
-                mixed[entry.mixture] = rows.mix(fraction, loader.data.target, schedule=schedule, with_twin=with_twin)
+        with span(MIX):
+            for mixture in {entry.mixture for entry in entries}:
+                fraction, schedule, with_twin = mixture
+                mixed[mixture] = rows.mix(fraction, loader.data.target, schedule=schedule, with_twin=with_twin)
 
         def step(entry: Entry) -> None:
-            entry.step(mixed[entry.mixture], loader, self._checkpoint_every)
+            with span(SAE_STEP):
+                entry.step(mixed[entry.mixture], loader, self._checkpoint_every)
+
+        def wait() -> Rows | None:
+            with span(WAIT):
+                return read()
 
         todo = [(entry, threads_of(entry.config, loader, self._n_threads)) for entry in entries]
-        return pool.run(step, todo, meanwhile=read)
+        return pool.run(step, todo, meanwhile=wait)
 
     def _finish(self, entries: list[Entry]) -> None:
         """Measure and write every run; all have a checkpoint first, so a full disk at one costs the others nothing."""

@@ -8,6 +8,7 @@ from train.losses import inconsistency, nested_error
 from train.recipe import Forward, StepView
 from train.resampling import resample_dead
 from train.sae import SparseAutoencoder
+from train.spans import DECODE, ENCODE, GRADIENTS, SELECT, UPDATE, span
 from train.step import TrainRun
 
 
@@ -27,11 +28,14 @@ def engine(run: TrainRun) -> "Dense":
 
 def forward(sae: SparseAutoencoder, x: Tensor) -> Forward:
     """One training forward pass over rows [batch, d_model]."""
-    pre = sae.pre_activations(x)
-    active, smallest = sae.activation.train(pre, sae.threshold)
-    f = sae.codes(pre, active)
+    with span(ENCODE):
+        pre = sae.pre_activations(x)
+    with span(SELECT):
+        active, smallest = sae.activation.train(pre, sae.threshold)
+        f = sae.codes(pre, active)
     gate = None if sae.r_mag is None else active
-    return Forward(f=f, reconstructions=sae.decode_prefixes(f, x), smallest=smallest, gate=gate)
+    with span(DECODE):
+        return Forward(f=f, reconstructions=sae.decode_prefixes(f, x), smallest=smallest, gate=gate)
 
 
 class Dense:
@@ -45,16 +49,19 @@ class Dense:
         run = self._run
         with torch.autocast(x.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
             made = forward(run.sae, x)
-            view = self._view(x, target, made)
-            loss = nested_error(made.reconstructions, target)
-            for penalty, coefficient in run.penalties:
-                loss = loss + coefficient * penalty(view)
-            if run.config.consistency:
-                assert twin is not None
-                assert paired is not None
-                loss = loss + run.config.consistency * inconsistency(run.sae, made.f, twin, paired)
-        loss.backward()
-        self._update()
+            with span(DECODE):
+                view = self._view(x, target, made)
+                loss = nested_error(made.reconstructions, target)
+                for penalty, coefficient in run.penalties:
+                    loss = loss + coefficient * penalty(view)
+                if run.config.consistency:
+                    assert twin is not None
+                    assert paired is not None
+                    loss = loss + run.config.consistency * inconsistency(run.sae, made.f, twin, paired)
+        with span(GRADIENTS):
+            loss.backward()
+        with span(UPDATE):
+            self._update()
         run.observe(view)
         resample_dead(run, view)
         return Outcome(

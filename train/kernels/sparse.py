@@ -22,6 +22,7 @@ from train.kernels._sums import dots, weighted_sums
 from train.kernels._terms import Auxiliary, auxiliary, l0_term, threshold_gradient
 from train.kernels._update import Slices, Update, blocks
 from train.sae import SparseAutoencoder
+from train.spans import DEAD, DECODE, ENCODE, GRADIENTS, SELECT, UPDATE, WEIGHT_GRADIENTS, span
 from train.step import TrainRun, penalties_of
 
 _PENALTIES = {"auxk", "l0"}
@@ -76,43 +77,50 @@ class Sparse:
         chosen = self._choose(centred)
         latent = chosen.entries.latent
         n_on = torch.bincount(latent if chosen.on is None else latent[chosen.on], minlength=sae.d_sae)
-        decoded = Decoded(sae, chosen.entries, x, target)
-        loss, of_codes, vectors = decoded.loss, decoded.code_gradients(), {"b_dec": decoded.b_dec_gradient()}
-        if chosen.on is not None:
-            vectors["threshold"] = threshold_gradient(run, chosen, of_codes)
-            of_codes = torch.where(chosen.on, of_codes, 0.0)
-            if coefficient := run.coefficients.get("l0"):
-                penalty, gradient = l0_term(run, chosen, n_on, len(x), coefficient)
-                loss, vectors["threshold"] = loss + penalty, vectors["threshold"] + gradient
-        dead, coefficient = run.count_silence(n_on > 0, len(x)), run.coefficients.get("auxk")
-        extra = None
-        if dead is not None and coefficient:
-            extra = auxiliary(run, dead, centred, decoded.residual, coefficient)
-            loss = loss + extra.loss
-        slices, vectors["b_enc"] = self._weight_gradients(chosen, decoded, centred, of_codes, extra)
-        if sae.subtract_b_dec:
-            vectors["b_dec"] -= sae.W_enc @ vectors["b_enc"]
-        if sae.W_skip is not None:
-            vectors["W_skip"] = decoded.W_skip_gradient(x)
-        self._update(slices, vectors)
+        with span(DECODE):
+            decoded = Decoded(sae, chosen.entries, x, target)
+        loss, extra = decoded.loss, None
+        with span(GRADIENTS):
+            of_codes, vectors = decoded.code_gradients(), {"b_dec": decoded.b_dec_gradient()}
+            if chosen.on is not None:
+                vectors["threshold"] = threshold_gradient(run, chosen, of_codes)
+                of_codes = torch.where(chosen.on, of_codes, 0.0)
+                if coefficient := run.coefficients.get("l0"):
+                    penalty, gradient = l0_term(run, chosen, n_on, len(x), coefficient)
+                    loss, vectors["threshold"] = loss + penalty, vectors["threshold"] + gradient
+            dead, coefficient = run.count_silence(n_on > 0, len(x)), run.coefficients.get("auxk")
+            if dead is not None and coefficient:
+                with span(DEAD):
+                    extra = auxiliary(run, dead, centred, decoded.residual, coefficient)
+                    loss = loss + extra.loss
+        with span(WEIGHT_GRADIENTS):
+            slices, vectors["b_enc"] = self._weight_gradients(chosen, decoded, centred, of_codes, extra)
+            if sae.subtract_b_dec:
+                vectors["b_dec"] -= sae.W_enc @ vectors["b_enc"]
+            if sae.W_skip is not None:
+                vectors["W_skip"] = decoded.W_skip_gradient(x)
+        with span(UPDATE):
+            self._update(slices, vectors)
         return Outcome(loss=loss, reconstruction=decoded.reconstruction, n_active=n_on.sum(), smallest=chosen.smallest)
 
     def _choose(self, centred: Tensor) -> Chosen:
         """The codes that are on, from one dense product."""
         sae, refine = self._run.sae, None
-        rows, weights, b_enc = centred, sae.W_enc.t(), sae.b_enc
-        if self._run.config.precision == "bf16":
-            rows, weights, b_enc = _rounded("rows", rows), _rounded("weights", weights), b_enc.bfloat16()
-            refine = partial(_exact, sae, centred)
-        pre = scratch("pre", (len(rows), sae.d_sae), rows.dtype, rows.device)
-        torch.mm(rows, weights.t(), out=pre).add_(b_enc)  # faster than a product on top of the biases
-        if isinstance(sae.activation, TopK):
-            return choose_topk(sae.activation, pre, refine)
-        if isinstance(sae.activation, BatchTopK):
-            return choose_batchtopk(sae.activation, pre, refine)
-        assert isinstance(sae.activation, JumpReLU)
-        assert sae.threshold is not None
-        return choose_jumprelu(sae.activation, pre, sae.threshold, refine)
+        with span(ENCODE):
+            rows, weights, b_enc = centred, sae.W_enc.t(), sae.b_enc
+            if self._run.config.precision == "bf16":
+                rows, weights, b_enc = _rounded("rows", rows), _rounded("weights", weights), b_enc.bfloat16()
+                refine = partial(_exact, sae, centred)
+            pre = scratch("pre", (len(rows), sae.d_sae), rows.dtype, rows.device)
+            torch.mm(rows, weights.t(), out=pre).add_(b_enc)  # faster than a product on top of the biases
+        with span(SELECT):
+            if isinstance(sae.activation, TopK):
+                return choose_topk(sae.activation, pre, refine)
+            if isinstance(sae.activation, BatchTopK):
+                return choose_batchtopk(sae.activation, pre, refine)
+            assert isinstance(sae.activation, JumpReLU)
+            assert sae.threshold is not None
+            return choose_jumprelu(sae.activation, pre, sae.threshold, refine)
 
     def _weight_gradients(
         self, chosen: Chosen, decoded: Decoded, centred: Tensor, of_codes: Tensor, extra: Auxiliary | None
