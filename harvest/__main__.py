@@ -10,7 +10,7 @@ import os
 
 import typer
 
-from cache_spec.command import heed, run_command
+from cache_spec.command import examples, heed, run_command
 from harvest import options
 from harvest.share import local_device, read_share
 
@@ -19,7 +19,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(
     help="Run a model over text, clean and masked, and write its activations to a cache on the disk. "
-    "The same command again goes on where it stopped."
+    "The same command again goes on where it stopped.",
+    epilog=examples(
+        "python -m harvest --model tiny --tokens 200k --out caches/tiny.zarr",
+        "python -m harvest --model pythia-160m --dataset pile-cc --layers 8 \\\n"
+        "    --tokens 2M --out caches/pythia-160m.zarr --dry-run",
+        "python -m harvest --model path/to/model --dataset path/to/text.jsonl \\\n"
+        "    --layers 12,mlp_out.12 --tokens 10M --device cuda --out caches/mine.zarr",
+    ),
 )
 def harvest(
     model: options.Model,
