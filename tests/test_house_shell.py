@@ -1,6 +1,7 @@
 """What docs/shell.md promises: exit codes, no colour codes on any terminal, examples that parse, keys of --json."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -143,3 +144,19 @@ def test_verify_as_json_has_the_verdict_whatever_it_is(whole, unfinished, tmp_pa
     assert set(facts["problems"][0]) == {"file", "what", "kind"}
     done = run("cache_spec", "verify", tmp_path, "--json")
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_the_commands_of_the_page_run(tmp_path):
+    """Word for word, on a smaller cache, by a user whose checkout is the current folder."""
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    environment = os.environ | {
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
+        command = ["bash", "-e", "-c", block.replace("200k", "20k")]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".granary-completions").stat().st_size > 1000
