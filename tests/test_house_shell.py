@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cache_fixtures import make_cache, make_plan
 from terminal_fixtures import on_terminal
+from train_fixtures import make_training_cache
 
 from benchmarks.size import python_files
 from cache_spec import ActivationCache
@@ -144,6 +145,48 @@ def test_verify_as_json_has_the_verdict_whatever_it_is(whole, unfinished, tmp_pa
     assert set(facts["problems"][0]) == {"file", "what", "kind"}
     done = run("cache_spec", "verify", tmp_path, "--json")
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_what_a_harvest_will_take_as_json(tmp_path):
+    words = ("harvest", "--model", "tiny", "--tokens", "50k", "--out", tmp_path / "cache", "--shard", "1/2")
+    done = run(*words, "--dry-run", "--json")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    facts = json.loads(done.stdout)
+    assert list(facts) == list(table("harvest key"))
+    assert facts["share"] == "1/2"
+    assert facts["rows"]["train"] + facts["rows"]["held_out"] <= 50_000
+    assert facts["shards"]["own"] == facts["shards"]["missing"] // 2
+    assert facts["seconds"] > 0
+    assert not (tmp_path / "cache").exists()
+    assert run(*words, "--json").returncode == 2
+
+
+def test_what_a_sweep_will_take_as_json(tmp_path):
+    cache = make_training_cache(tmp_path / "cache").path
+    words = (
+        "train",
+        "--cache",
+        cache,
+        "--out",
+        tmp_path / "runs",
+        "--d-sae",
+        32,
+        "--k",
+        "3,4",
+        "--tokens",
+        640,
+        "--batch-size",
+        32,
+    )
+    done = run(*words, "--dry-run", "--json")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    facts = json.loads(done.stdout)
+    assert list(facts) == list(table("train key"))
+    assert [one["name"] for one in facts["runs"]] == ["batchtopk_d32_k3_seed0", "batchtopk_d32_k4_seed0"]
+    assert facts["steps"] == facts["tokens"] // 32 == 20
+    assert facts["memory"]["passes"] == 1
+    assert not (tmp_path / "runs").exists()
+    assert run(*words, "--json").returncode == 2
 
 
 def test_the_commands_of_the_page_run(tmp_path):

@@ -205,3 +205,6 @@ class Options:
         str, _option(help="(run) Also log to wandb, trackio or tensorboard; log.jsonl is written always.")
     ] = ""
     dry_run: Annotated[bool, _option("--dry-run", help="(run) Print what would be trained, and stop.")] = False
+    json: Annotated[
+        bool, _option("--json", help="(run) With --dry-run: print it as one JSON object; docs/shell.md has its keys.")
+    ] = False
