@@ -62,8 +62,8 @@ def verify(cache: CacheFolder, as_json: Json = False) -> None:
 
 @app.command(
     epilog=examples(
-        "python -m cache_spec transcode caches/tiny.zarr caches/tiny-archive.zarr",
-        "python -m cache_spec transcode caches/tiny-archive.zarr caches/again.zarr",
+        "python -m cache_spec transcode caches/tiny.zarr caches/archives/tiny.zarr",
+        "python -m cache_spec transcode caches/archives/tiny.zarr caches/again.zarr",
     )
 )
 def transcode(
