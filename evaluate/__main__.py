@@ -75,7 +75,7 @@ def evaluate(
     )
 
 
-OTHERS: dict[str, str] = {}
+OTHERS: dict[str, str] = {"features": "evaluate.commands.features", "neuronpedia": "evaluate.commands.neuronpedia"}
 """Commands beside measuring, by their first word, and the modules of their apps."""
 
 app.command(help=_HELP, epilog=examples(*_EXAMPLES, others=OTHERS))(evaluate)

@@ -27,6 +27,7 @@ RUN = {  # all their commands are run, word for word, but for what the test itse
 }
 PARSED = {  # and why they are not run
     "docs/evaluation.md": "needs runs on a hub model",
+    "docs/features.md": "needs runs of the reader's, and a hub model",
     "docs/harvest.md": "needs hub models, and a cluster",
     "docs/log.md": "measurements of minutes to hours",
     "docs/masking-grid.md": "360 SAEs",
