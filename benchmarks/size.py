@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ("cache_spec", "harvest", "train", "evaluate", "benchmarks")
+SOURCE = ("cache_spec", "harvest", "train", "evaluate", "completions", "benchmarks")
 TESTS = "tests"
 
 

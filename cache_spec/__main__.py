@@ -1,17 +1,18 @@
 """`python -m cache_spec`: what a cache holds, and whether it is whole."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cache_spec.cache import ActivationCache
-from cache_spec.command import run_command
-from cache_spec.info import bytes_for_people, describe
+from cache_spec.command import examples, run_command
+from cache_spec.info import bytes_for_people, describe, summary
 from cache_spec.progress import Progress
 from cache_spec.transcode import bytes_to_read
 from cache_spec.transcode import transcode as transcode_cache
-from cache_spec.verify import bytes_to_check, raise_if_not_whole, verify_cache
+from cache_spec.verify import bytes_to_check, raise_if_not_whole, verdict, verify_cache
 
 app = typer.Typer(
     add_completion=False,
@@ -21,26 +22,50 @@ app = typer.Typer(
 )
 CacheFolder = Annotated[Path, typer.Argument(metavar="CACHE", help="The cache's folder: what harvest got as --out.")]
 
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object and nothing else; docs/shell.md has its keys.")
+]
 
-@app.command()
-def info(cache: CacheFolder) -> None:
+
+@app.command(
+    epilog=examples(
+        "python -m cache_spec info caches/tiny.zarr",
+        "python -m cache_spec info caches/tiny.zarr --json | python -m json.tool",
+    )
+)
+def info(cache: CacheFolder, as_json: Json = False) -> None:
     """Say what a cache holds: model, text, hook points, variants, rows, shards, bytes. Reads no activations."""
-    print(describe(ActivationCache.open(cache, allow_partial=True)))
+    opened = ActivationCache.open(cache, allow_partial=True)
+    print(json.dumps(summary(opened)) if as_json else describe(opened))
 
 
-@app.command()
-def verify(cache: CacheFolder) -> None:
+@app.command(
+    epilog=examples(
+        "python -m cache_spec verify caches/tiny.zarr",
+        "python -m cache_spec verify caches/tiny.zarr --json > verified.json",
+    )
+)
+def verify(cache: CacheFolder, as_json: Json = False) -> None:
     """Read every byte of a cache and compare it with its checksum. Exit code 0 only if all is there and whole."""
     n_bytes = bytes_to_check(cache)
     with Progress(f"verify {cache.name}", n_bytes, "bytes") as progress:
         problems = verify_cache(cache, advance=progress.advance)
+    if as_json:
+        print(json.dumps(verdict(cache, n_bytes, problems)))
+        raise_if_not_whole(cache, problems)
+        return
     for problem in problems:
         print(f"{problem.kind}: {problem.file} {problem.what}")
     raise_if_not_whole(cache, problems)
     print(f"{cache} is whole: {bytes_for_people(n_bytes)}, every checksum matches")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "python -m cache_spec transcode caches/tiny.zarr caches/archives/tiny.zarr",
+        "python -m cache_spec transcode caches/archives/tiny.zarr caches/again.zarr",
+    )
+)
 def transcode(
     cache: CacheFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an unfinished one is gone on with.")],

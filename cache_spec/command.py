@@ -5,7 +5,7 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cache_spec.errors import DiskFull, UserError
@@ -66,6 +66,16 @@ def app_for(arguments: list[str], main: Callable[[], Any], others: dict[str, str
         arguments[0] = f"{arguments[0]} {name}"
         return importlib.import_module(others[name]).app
     return main
+
+
+def examples(*commands: str, others: Iterable[str] = ()) -> str:
+    """The end of a --help: commands to copy, each as it is typed, and the commands beside this one, if there are any.
+
+    A command too long for a line has its own ends of lines, each after a backslash.
+    """
+    lines = "\n".join(f"  {line}" for command in commands for line in command.splitlines())
+    beside = f"\n\nCommands beside it, each with its own --help: {', '.join(others)}." if others else ""
+    return f"\b\nExamples:\n{lines}{beside}"  # \b: these lines are not wrapped
 
 
 def heed(*numbers: signal.Signals) -> None:

@@ -1,5 +1,6 @@
-"""What a cache holds, in lines for people."""
+"""What a cache holds, in lines for people and as JSON."""
 
+import dataclasses
 import re
 import time
 from typing import Any
@@ -38,6 +39,30 @@ def describe(cache: ActivationCache) -> str:
     return "\n".join([str(cache.path), *(f"  {name:<11}{text}" for name, text in rows)])
 
 
+def summary(cache: ActivationCache) -> dict[str, Any]:
+    """The same for programs: what `info --json` prints. docs/shell.md has the keys."""
+    plan = cache.plan
+    return {
+        "path": str(cache.path),
+        "cache_id": plan.cache_id,
+        "status": cache.status,
+        "spec_version": plan.spec_version,
+        "planned_at": _planned_at(cache),
+        "model": plan.model,
+        "tokenizer": plan.tokenizer,
+        "source": plan.source,
+        "windows": {"train": plan.n_train_windows, "held_out": plan.n_held_out_windows, "tokens": plan.window_tokens},
+        "seed": plan.seed,
+        "hooks": [dataclasses.asdict(hook) | {"largest": _largest(cache, hook)} for hook in plan.hooks],
+        "variants": [dataclasses.asdict(variant) for variant in plan.variants],
+        "rows": {"train": plan.n_train_rows, "held_out": plan.n_rows - plan.n_train_rows, "order": plan.row_order},
+        "shards": {"committed": len(cache.shards), "planned": plan.n_shards, "rows": plan.shard_rows},
+        "bytes": {"stored": _stored(cache), "planned": cache_bytes(plan)},
+        "moment_rows": _moment_rows(cache),
+        "archive_level": cache.attributes["level"] if cache.is_archive else None,
+    }
+
+
 def bytes_for_people(n_bytes: float) -> str:
     """A number of bytes in a decimal unit: 1.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -62,13 +87,19 @@ def _windows(plan: Plan) -> str:
     return f"{counts}, each of {plan.window_tokens} tokens, seed {plan.seed}"
 
 
-def _hook(cache: ActivationCache, hook: HookPlan) -> str:
-    largest = [
+def _largest(cache: ActivationCache, hook: HookPlan) -> float | None:
+    """The largest true value of any committed shard; None if there is none."""
+    found = [
         cache.records[shard]["files"][activation_file(hook.name, variant.name, shard)]["absmax"] * hook.scale_factor
         for shard in cache.shards
         for variant in cache.plan.variants
     ]
-    size = f", largest value {max(largest):,.4g}" if largest else ""
+    return max(found, default=None)
+
+
+def _hook(cache: ActivationCache, hook: HookPlan) -> str:
+    largest = _largest(cache, hook)
+    size = f", largest value {largest:,.4g}" if largest is not None else ""
     return (
         f"{hook.name} = {hook.hook_point} = {hook.hf_name}, d_model {hook.d_model}, scale {hook.scale_factor:g}{size}"
     )
@@ -82,19 +113,28 @@ def _variant(variant: VariantPlan) -> str:
     return f"{variant.name}: {each} replaced by {by} with probability {variant.mask_prob:g}"
 
 
+def _stored(cache: ActivationCache) -> int:
+    records = ((shard, dict(cache.records[shard])) for shard in cache.shards)
+    return sum(sum(stored_bytes(cache.plan, shard, record).values()) for shard, record in records)
+
+
 def _size(cache: ActivationCache) -> str:
-    plan = cache.plan
-    there = sum(sum(stored_bytes(plan, shard, dict(cache.records[shard])).values()) for shard in cache.shards)
+    plan, there = cache.plan, _stored(cache)
     plain = sum(sum(shard_files(plan, shard).values()) for shard in cache.shards)
     packed = f", {plain / there:.2f} times less than unpacked" if cache.is_archive else ""
     planned = cache_bytes(plan)
     return bytes_for_people(there) + (packed if plain == planned else f" of {bytes_for_people(planned)}")
 
 
+def _moment_rows(cache: ActivationCache) -> int | None:
+    has = cache.plan.has_moments
+    return sum(cache.records[shard]["moment_rows"] for shard in cache.shards) if has else None
+
+
 def _moments(cache: ActivationCache) -> str:
-    if not cache.plan.has_moments:
+    n_rows = _moment_rows(cache)
+    if n_rows is None:
         return "none, format 1.0 had none"
-    n_rows = sum(cache.records[shard]["moment_rows"] for shard in cache.shards)
     return f"mean and m2 of {n_rows:,} ordinary rows (no special token or padding) in each array"
 
 

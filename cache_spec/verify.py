@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,16 @@ def _find_leftovers(root: Path, plan: Plan, shards: list[int]) -> Iterator[Probl
         file = path.relative_to(root).as_posix()
         if file not in known and not path.is_dir():
             yield Problem(file, "belongs to no committed shard", LEFTOVER)
+
+
+def verdict(path: str | Path, n_bytes: int, problems: list[Problem]) -> dict[str, Any]:
+    """What `verify --json` prints; docs/shell.md has the keys."""
+    return {
+        "path": str(path),
+        "whole": all(problem.kind == LEFTOVER for problem in problems),
+        "bytes_checked": n_bytes,
+        "problems": [asdict(problem) for problem in problems],
+    }
 
 
 def raise_if_not_whole(path: str | Path, problems: list[Problem]) -> None:

@@ -6,18 +6,26 @@ from typing import Annotated
 
 import typer
 
-from cache_spec.command import app_for, run_command
+from cache_spec.command import app_for, examples, run_command
 from evaluate.names import available
 from evaluate.text_sources import TextSources
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command(
-    help="Measure every finished run in a folder, and SAEs of others, on clean held-out text at a matched L0, with "
+_HELP = (
+    "Measure every finished run in a folder, and SAEs of others, on clean held-out text at a matched L0, with "
     "controls, and compare recipes seed by seed. Writes report.json beside each run, and report.json and report.html "
     "over all. What was measured before by the same code is not measured again."
 )
+_EXAMPLES = (
+    "python -m evaluate runs",
+    "python -m evaluate runs --metrics core,probing --probe-data sentiment.jsonl",
+    "python -m evaluate --sae owner/name:subfolder --cache caches/tiny.zarr \\\n"
+    "    --metrics core,robustness --out evaluation",
+)
+
+
 def evaluate(
     runs: Annotated[
         Path | None, typer.Argument(help="The folder that python -m train wrote with --out, or one run.")
@@ -69,6 +77,8 @@ def evaluate(
 
 OTHERS: dict[str, str] = {"features": "evaluate.commands.features", "neuronpedia": "evaluate.commands.neuronpedia"}
 """Commands beside measuring, by their first word, and the modules of their apps."""
+
+app.command(help=_HELP, epilog=examples(*_EXAMPLES, others=OTHERS))(evaluate)
 
 if __name__ == "__main__":
     run_command(app_for(sys.argv, app, OTHERS))

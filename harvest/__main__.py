@@ -10,7 +10,7 @@ import os
 
 import typer
 
-from cache_spec.command import heed, run_command
+from cache_spec.command import examples, heed, run_command
 from harvest import options
 from harvest.share import local_device, read_share
 
@@ -19,7 +19,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(
     help="Run a model over text, clean and masked, and write its activations to a cache on the disk. "
-    "The same command again goes on where it stopped."
+    "The same command again goes on where it stopped.",
+    epilog=examples(
+        "python -m harvest --model tiny --tokens 200k --out caches/tiny.zarr",
+        "python -m harvest --model pythia-160m --dataset pile-cc --layers 8 \\\n"
+        "    --tokens 2M --out caches/pythia-160m.zarr --dry-run",
+        "python -m harvest --model path/to/model --dataset path/to/text.jsonl \\\n"
+        "    --layers 12,mlp_out.12 --tokens 10M --device cuda --out caches/mine.zarr",
+    ),
 )
 def harvest(
     model: options.Model,
@@ -42,13 +49,9 @@ def harvest(
     scale_factor: options.ScaleFactor = "0",
     shard: options.Shard = "",
     dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
-    heed(signal.SIGINT, signal.SIGTERM)
-    # Waiting threads sleep. By default they spin, and beside other work on the same cores that made a harvest five
-    # times slower. OpenMP reads this once, when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Interrupted while it is imported, torch would add the statistics of its caches to our one sentence.
-    logging.getLogger("torch").setLevel(logging.WARNING)
+    _prepare()
     asked = options.Options(
         dataset=dataset,
         layers=layers,
@@ -63,6 +66,7 @@ def harvest(
         seed=seed,
     )
     options.check_options(asked)
+    options.check_json(as_json, dry_run)
     share = read_share(shard, os.environ)
     # torch and transformers take seconds to import; --help and a mistyped option should not.
     from harvest import run
@@ -74,7 +78,26 @@ def harvest(
     loaded = load_model(model, device=local_device(device, os.environ), dtype=dtype, attention=attention, wait=True)
     request = make_request(loaded, model, asked)
     loaded = release_rest(loaded, request.hook_points)
-    run.harvest(loaded, request, out, share=share, batch_windows=batch_windows, compile=compile, dry_run=dry_run)
+    run.harvest(
+        loaded,
+        request,
+        out,
+        share=share,
+        batch_windows=batch_windows,
+        compile=compile,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+def _prepare() -> None:
+    """Heed signals from now on, and set what torch has to find when it is first imported."""
+    heed(signal.SIGINT, signal.SIGTERM)
+    # Waiting threads sleep. By default they spin, and beside other work on the same cores that made a harvest five
+    # times slower. OpenMP reads this once.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Interrupted while it is imported, torch would add the statistics of its caches to our one sentence.
+    logging.getLogger("torch").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

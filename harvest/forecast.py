@@ -4,8 +4,9 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cache_spec.errors import DiskFull, UserError
 from cache_spec.layout import PLAN, cache_bytes, shard_files
@@ -67,6 +68,25 @@ def print_forecast(plan: Plan, out: Path, ahead: Forecast, share: Share, device:
         ("cache", str(out)),
     ]
     print("\n".join(f"{name:<10}{text}" for name, text in lines), flush=True)
+
+
+def forecast_facts(plan: Plan, out: Path, ahead: Forecast, share: Share, device: object) -> dict[str, Any]:
+    """The same for programs: what `--dry-run --json` prints. docs/shell.md has the keys."""
+    return {
+        "out": str(out),
+        "model": plan.model,
+        "source": plan.source,
+        "hooks": [{"hook_point": hook.hook_point, "d_model": hook.d_model} for hook in plan.hooks],
+        "variants": [asdict(variant) for variant in plan.variants],
+        "rows": {"train": plan.n_train_rows, "held_out": plan.n_rows - plan.n_train_rows},
+        "shards": {"planned": plan.n_shards, "missing": ahead.n_missing, "own": ahead.n_own, "rows": plan.shard_rows},
+        "bytes": {"needed": ahead.bytes_needed, "free": ahead.bytes_free, "whole": cache_bytes(plan)},
+        "memory": ahead.bytes_memory,
+        "share": f"{share.index}/{share.count}",
+        "device": str(device),
+        "tokens_per_s": ahead.tokens_per_s,
+        "seconds": ahead.seconds,
+    }
 
 
 def refuse_if_full(out: Path, ahead: Forecast) -> None:

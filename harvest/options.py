@@ -109,6 +109,8 @@ DryRun = Annotated[
     ),
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON object; docs/shell.md.")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -145,6 +147,12 @@ def check_options(options: Options) -> None:
             f"--mask-prob and --random-prob name {n_others} variants beside the clean one, and a cache holds "
             f"{MAX_VARIANTS - 1}; harvest the others into another --out"
         )
+
+
+def check_json(as_json: bool, dry_run: bool) -> None:
+    """Raises UserError for --json without --dry-run."""
+    if as_json and not dry_run:
+        raise UserError("--json says what a harvest will take; give it together with --dry-run")
 
 
 def parse_layers(layers: str) -> tuple[HookPoint, ...]:

@@ -1,6 +1,7 @@
 """The harvest: plan or resume, then make this process' missing shards, then close the cache if it is whole."""
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from cache_spec.layout import INTERNAL, LOCK, PLAN, archive_level, record_file
 from cache_spec.plan import Plan
 from cache_spec.progress import Progress
 from cache_spec.state import committed_shards, is_ours, read_plan, read_root, recorded_shards
-from harvest.forecast import forecast, print_forecast, refuse_if_full, size
+from harvest.forecast import Forecast, forecast, forecast_facts, print_forecast, refuse_if_full, size
 from harvest.model import LoadedModel
 from harvest.pilot import model_speed
 from harvest.pipeline import Job, batches_of, make_shards
@@ -46,8 +47,9 @@ def harvest(
     batch_windows: int = 0,
     compile: bool = False,
     dry_run: bool = False,
+    as_json: bool = False,
 ) -> None:
-    """Write this process' share of the cache at `out`, or go on with it; with `dry_run` say so and write nothing.
+    """Write this process' share of the cache at `out`, or go on with it; with `dry_run` say what it takes, no more.
 
     `batch_windows` is how many windows run at once, each in all variants; 0 chooses. Ctrl-C finishes the shard in
     progress, a second one stops at once; both raise KeyboardInterrupt with how to go on.
@@ -60,18 +62,17 @@ def harvest(
     plan = _planned_before(loaded, request, out) or outline(loaded, request)
     if loaded.device.type == "meta":
         assert dry_run, "a model without weights can only be planned for"
-        print_forecast(plan, out, forecast(plan, out, _missing(plan, out), share, None), share, loaded.device)
-        print(_DRY_RUN)
+        _say_dry(plan, out, forecast(plan, out, _missing(plan, out), share, None), share, loaded.device, as_json)
         return
     with catch_stops() as stop, open_reader(loaded, request.hook_points, compile=compile) as reader:
         batch_windows = choose_batch_windows(plan, reader.device, batch_windows)
         missing = _missing(plan, out)
         speed = model_speed(reader, plan, batch_windows) if any(map(share.owns, missing)) else None
         ahead = forecast(plan, out, missing, share, speed)
-        print_forecast(plan, out, ahead, share, reader.device)
         if dry_run:
-            print(_DRY_RUN)
+            _say_dry(plan, out, ahead, share, reader.device, as_json)
             return
+        print_forecast(plan, out, ahead, share, reader.device)
         refuse_if_full(out, ahead)
         plan, windows = _planned(loaded, reader, request, out)
         job = Job(
@@ -84,6 +85,14 @@ def harvest(
         )
         _write_shards(job, out, [shard for shard in missing if share.owns(shard)], stop)
     _close(plan, out)
+
+
+def _say_dry(plan: Plan, out: Path, ahead: Forecast, share: Share, device: torch.device, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(forecast_facts(plan, out, ahead, share, device)))
+        return
+    print_forecast(plan, out, ahead, share, device)
+    print(_DRY_RUN)
 
 
 def _planned_before(loaded: LoadedModel, request: Request, out: Path) -> Plan | None:

@@ -12,8 +12,11 @@ ROOT = Path(__file__).parent.parent
 # Commands that are not run here, each with its reason. Anything else that the README shows is run.
 NOT_RUN = {
     "git clone": "needs the address of the repository",
-    "make harvest MODEL=pythia-160m": "needs the model hub",
-    "make train ARCH=matryoshka K=20,40": "follows the harvest of a hub model",
+    "python -m harvest --model pythia-160m": "needs the model hub and a GPU",
+    "python -m train --preset paper": "follows it",
+    "python -m evaluate runs/pythia-160m": "follows it",
+    "make harvest MODEL=path/to/model": "needs a model and a text of the reader's",
+    "make train ARCH=matryoshka K=20,40": "follows it",
     "make check": "what CI runs beside the tests",
     "make test": "this is it",
 }
@@ -21,7 +24,8 @@ NOT_RUN = {
 
 def shell_lines() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line.split(" #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def test_the_readme_commands_do_what_they_say(checkout):
         if any(line.startswith(start) for start in NOT_RUN):
             continue
         if line == "make evaluate" and not (checkout / "runs").exists():
-            continue  # the one after the hub model; the embedded model's runs come later
+            continue  # the one after the reader's model; the embedded model's runs come later
         done = run(line, checkout)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
@@ -62,6 +66,8 @@ def test_the_readme_commands_do_what_they_say(checkout):
     for report in ("demo/runs", "runs"):
         assert (checkout / report / "report.html").stat().st_size > 10_000
         assert (checkout / report / "report.json").exists()
+    (example,) = re.findall(r'load_from_disk\("(.*?)"\)', (ROOT / "README.md").read_text())
+    assert (checkout / example / "sae_weights.safetensors").exists()
 
 
 def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:

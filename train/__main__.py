@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from cache_spec.command import app_for, heed, run_command
+from cache_spec.command import app_for, examples, heed, run_command
 from train.options import Options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -23,6 +23,14 @@ Options marked (grid) are lists, with commas or the option again: every combinat
 cache feeds all of them. Each run becomes a SAELens v6 folder. (data) and (machine) options are the same for all runs,
 (training) ones say how each learns, (run) ones how to watch and go on. docs/recipes.md has whole examples.
 """
+_EXAMPLES = (
+    "python -m train --cache caches/tiny.zarr --out runs --arch matryoshka \\\n"
+    "    --k 4,6,10 --d-sae 512 --masked-fraction 0,0.5 --seed 0,1,2 --resume",
+    "python -m train --cache caches/tiny.zarr --out runs --k 6 --d-sae 512 \\\n"
+    "    --corrupt gaussian --match-strength 0.5 --seed 0,1,2 --resume",
+    "python -m train --cache caches/pythia-160m.zarr --out runs --preset paper \\\n"
+    "    --k 20,40,80,160 --d-sae 4096 --device cuda --dry-run",
+)
 
 
 def _as_command(options: type[Options]) -> Callable[..., None]:
@@ -61,7 +69,7 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 OTHERS: dict[str, str] = {}
 """Commands beside training, by their first word, and the modules of their apps."""
 
-app.command(help=_HELP)(_as_command(Options))
+app.command(help=_HELP, epilog=examples(*_EXAMPLES, others=OTHERS))(_as_command(Options))
 
 if __name__ == "__main__":
     run_command(app_for(sys.argv, app, OTHERS))

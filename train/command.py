@@ -1,6 +1,7 @@
 """What `python -m train` does, once its options are read."""
 
 import dataclasses
+import json
 from collections.abc import Set
 
 import torch
@@ -14,7 +15,7 @@ from train.loader import MixedBatchLoader
 from train.options import Options
 from train.passes import free_memory, parse_memory
 from train.reading import before_training, read_device, read_hook, read_lists, with_preset
-from train.report import keep_freed_memory, print_plan, print_preset, print_results
+from train.report import keep_freed_memory, plan_facts, print_plan, print_preset, print_results
 from train.sweep import Unfinished, failures_sentence, train_sweep
 from train.timetable import schedule_for
 from train.tracking import open_trackers
@@ -25,6 +26,8 @@ def run(options: Options, given: Set[str]) -> None:
 
     Raises UserError, before anything is written, for what cannot be done, and Unfinished in the end if a run failed.
     """
+    if options.json and not options.dry_run:
+        raise UserError("--json says what a sweep will take; give it together with --dry-run")
     options, preset = with_preset(options, given)
     open_tracker = open_trackers(options.track)
     lists = read_lists(options)
@@ -47,6 +50,9 @@ def run(options: Options, given: Set[str]) -> None:
     check_target(loader.data, runs, force=options.force)
     n_threads = torch.get_num_threads() if loader.device.type == "cpu" else 1
     memory = memory or free_memory(loader.device)
+    if options.json:
+        print(json.dumps(plan_facts(loader, runs, n_threads, memory)))
+        return
     print_preset(options.preset, preset)
     print_plan(loader, runs, n_threads, memory, options.kernel)
     if options.dry_run:

@@ -212,3 +212,6 @@ class Options:
         ),
     ] = False
     dry_run: Annotated[bool, _option("--dry-run", help="(run) Print what would be trained, and stop.")] = False
+    json: Annotated[
+        bool, _option("--json", help="(run) With --dry-run: print it as one JSON object; docs/shell.md has its keys.")
+    ] = False

@@ -61,6 +61,33 @@ def print_plan(
     sys.stdout.flush()  # before the progress, which goes another way
 
 
+def plan_facts(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None) -> dict[str, Any]:
+    """The same for programs: what `--dry-run --json` prints. docs/shell.md has the keys. Raises as print_plan does."""
+    data = loader.data
+    passes = split(runs, loader, n_threads, free)
+    return {
+        "cache": str(loader.cache.path),
+        "hook": data.hook,
+        "target_hook": data.target_hook,
+        "d_model": loader.hook.d_model,
+        "rows": loader.n_rows,
+        "tokens": data.n_tokens,
+        "batch_size": data.batch_size,
+        "steps": loader.n_steps,
+        "epochs": loader.n_steps * data.batch_size / loader.n_rows,
+        "memory": {"needed": needed_bytes(runs, loader, n_threads), "free": free, "passes": len(passes)},
+        "device": str(loader.device),
+        "runs": [
+            {
+                "name": run.name,
+                "parameters": n_parameters(run, loader.hook.d_model, loader.d_out),
+                "recipe": recipe_label(run, data),
+            }
+            for run in runs
+        ],
+    }
+
+
 def _print_schedule(run: RunConfig, n_steps: int) -> None:
     short = f" (defaults scaled to a run below {20 * FULL_WINDOW:,} steps)" if n_steps < 20 * FULL_WINDOW else ""
     print(

@@ -1,0 +1,1 @@
+"""Completions of the commands for a shell: `python -m completions` prints them."""
