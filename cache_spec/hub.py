@@ -184,10 +184,10 @@ def explained(repository: Repository) -> Iterator[None]:
     except HTTPError as error:  # after HfHubHTTPError, which is one: here there was no answer
         raise HubError(_no_answer(name)) from error
     except RuntimeError as error:  # uploads end so, whatever ended them
-        cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            raise HubError(_refusal(repository, cause.response.status_code, _first_line(cause))) from error
-        raise HubError(f"the transfer with '{name}' broke off ({_first_line(cause or error)}); {_AGAIN}") from error
+        why = error.__cause__ or error
+        if isinstance(why, HfHubHTTPError):
+            raise HubError(_refusal(repository, why.response.status_code, _first_line(why))) from error
+        raise HubError(f"the transfer with '{name}' broke off ({_first_line(why)}); {_AGAIN}") from error
 
 
 _AGAIN = "run the same command again, it goes on from what has arrived"

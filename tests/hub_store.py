@@ -174,7 +174,8 @@ def _entry(file: str, data: bytes) -> dict:
 
 
 def _mode(file: str, repo: Repo) -> dict:
-    oid = _entry(file, repo.files[file])["oid"] if file in repo.files else None
+    there = _entry(file, repo.files[file]) if file in repo.files else {"oid": None}
+    oid = there["lfs"]["oid"] if "lfs" in there else there["oid"]
     return {"path": file, "uploadMode": "lfs" if _is_large(file) else "regular", "shouldIgnore": False, "oid": oid}
 
 

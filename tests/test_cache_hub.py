@@ -1,4 +1,4 @@
-"""Caches on the hub: the same bytes arrive, nothing cut off looks complete, and what is refused is said in a sentence."""
+"""Caches on the hub: the same bytes arrive, nothing cut off looks complete, and refusals are sentences."""
 
 import os
 import signal
