@@ -67,7 +67,9 @@ def evaluate(
     )
 
 
-OTHERS: dict[str, str] = {}
+OTHERS: dict[str, str] = {
+    "saebench": "evaluate.commands.saebench",
+}
 """Commands beside measuring, by their first word, and the modules of their apps."""
 
 if __name__ == "__main__":

@@ -174,8 +174,8 @@ def _entry(file: str, data: bytes) -> dict:
 
 
 def _mode(file: str, repo: Repo) -> dict:
-    there = _entry(file, repo.files[file]) if file in repo.files else {"oid": None}
-    oid = there["lfs"]["oid"] if "lfs" in there else there["oid"]
+    there = _entry(file, repo.files[file]) if file in repo.files else {}
+    oid = there.get("lfs", there).get("oid")
     return {"path": file, "uploadMode": "lfs" if _is_large(file) else "regular", "shouldIgnore": False, "oid": oid}
 
 

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 from train_fixtures import make_training_cache, run_config
+from typer.main import get_command
 
 from cache_spec import CacheConflict, UserError
+from cache_spec.__main__ import app as cache_app
 from cache_spec.hub import HubError, Repository
 from evaluate.statistics import paired_test
 from train import DataConfig, MixedBatchLoader, train_sweep
@@ -132,9 +134,9 @@ def test_paths_are_cut_down_to_their_names_and_other_text_stays(text, left):
 
 def test_the_card_is_one_that_the_hub_reads_and_saelens_is_its_library(runs):
     card = ModelCard(card_of(runs))
-    assert card.data.library_name == "saelens"
-    assert "granary" in card.data.tags
-    assert card.data.base_model is None  # "made-up" is on no hub
+    assert card.data.get("library_name") == "saelens"
+    assert "granary" in card.data.get("tags")
+    assert card.data.get("base_model") is None  # "made-up" is on no hub
     assert 'SAE.from_pretrained("owner/saes", "masked_seed0")' in card.text
     assert "blocks.1.hook" in card.text
     assert "masked 0.5" in card.text
@@ -264,3 +266,16 @@ def test_a_name_that_is_not_ours_or_is_public_is_refused(runs, store, monkeypatc
     with pytest.raises(UserError, match="give owner/name"):
         command(runs, "--repo", "saes")
     assert store.repos[KEY].commits == []
+
+
+def test_the_commands_of_the_page_parse():
+    page = (Path(__file__).parent.parent / "docs" / "hub.md").read_text()
+    lines = [line.split() for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert {tuple(words[:3]) for words in lines} == {("python", "-m", "train"), ("python", "-m", "cache_spec")}
+    for words in lines:
+        if words[2] == "train":
+            assert words[3] == "push"
+            get_command(app).make_context("push", words[4:])
+        else:
+            commands = get_command(cache_app)
+            commands.commands[words[3]].make_context(words[3], words[4:])
