@@ -183,6 +183,10 @@ def explained(repository: Repository) -> Iterator[None]:
         raise HubError(_refusal(repository, error.response.status_code, _first_line(error))) from error
     except HTTPError as error:  # after HfHubHTTPError, which is one: here there was no answer
         raise HubError(_no_answer(name)) from error
+    except OSError as error:  # a transfer that came to an end too early has no number; what the disk says has one
+        if error.errno is not None:
+            raise
+        raise HubError(f"the transfer with '{name}' broke off ({_first_line(error)}); {_AGAIN}") from error
     except RuntimeError as error:  # uploads end so, whatever ended them
         why = error.__cause__ or error
         if isinstance(why, HfHubHTTPError):

@@ -1,5 +1,6 @@
 """Caches on the hub: the same bytes arrive, nothing cut off looks complete, and refusals are sentences."""
 
+import errno
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from cache_spec import (
     transcode,
 )
 from cache_spec.__main__ import app
-from cache_spec.hub import HubError, Repository
+from cache_spec.hub import HubError, Repository, explained
 from cache_spec.layout import MANIFEST, PLAN, ROOT, record_file, shard_files
 from cache_spec.markdown import front_matter, plain, table
 from cache_spec.pull import plan_pull, pull_cache
