@@ -298,3 +298,29 @@ def test_text_of_a_card_stays_text():
         assert mark not in shown.replace(f"\\{mark}", "")
     assert table(["what"], [[nasty]]).count("\n") == 2
     assert front_matter({"tags": ["---\nlicense: x"]}).count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("Consistency check failed: file should be of size 9\nmore"), "broke off .Consistency .* of size 9.;"),
+        (RuntimeError("Error while uploading"), "broke off"),
+        (OSError(errno.ENOSPC, "full"), None),
+    ],
+)
+def test_a_transfer_that_breaks_off_is_the_hubs_and_a_full_disk_is_not(error, said):
+    with pytest.raises(HubError if said else OSError, match=said), explained(NAMED):
+        raise error
+
+
+def test_a_repository_of_damaged_documents_is_no_cache(cache, store):
+    push(cache)
+    files = store.repos[KEY].files
+    whole = dict(files)
+    files[PLAN] = whole[PLAN][:-20]
+    with pytest.raises(CacheDamaged):
+        plan_pull(NAMED)
+    files |= whole
+    del files[record_file(1)]
+    with pytest.raises(CacheIncomplete, match="run the push again"):
+        plan_pull(NAMED)
