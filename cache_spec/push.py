@@ -147,8 +147,13 @@ def _refuse_other(push: CachePush, repository: Repository, found: Remote) -> Non
             f"'{repository.name}' is there and holds '{foreign[0]}', which is no file of {push.cache.path}; give "
             "another --repo"
         )
-    if not _holds(found, PLAN, push.first[PLAN].read_bytes()):
-        raise CacheConflict(f"'{repository.name}' is there and holds something else than this cache; give another one")
+    other = [
+        name for name, path in push.first.items() if name in found.files and not _holds(found, name, path.read_bytes())
+    ]
+    if PLAN not in found.files or other:  # an archive of the same cache has the same plan and other array documents
+        raise CacheConflict(
+            f"'{repository.name}' is there and holds something else than {push.cache.path}; give another --repo"
+        )
 
 
 def cache_card(cache: ActivationCache, repository: Repository) -> str:

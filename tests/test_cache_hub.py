@@ -197,8 +197,17 @@ def test_a_repository_of_something_else_is_left_alone(cache, store, tmp_path):
         plan_pull(NAMED)
     store.repos[KEY] = Repo()
     push(make_cache(tmp_path / "other.zarr", make_plan(seed=1)))
-    with pytest.raises(CacheConflict, match="something else than this cache"):
+    with pytest.raises(CacheConflict, match="something else than"):
         push(cache)
+
+
+def test_an_archive_does_not_go_where_its_cache_is(cache, store, tmp_path):
+    push(cache)
+    before = dict(store.repos[KEY].files)
+    transcode(cache, tmp_path / "archive.zarr")
+    with pytest.raises(CacheConflict, match="something else than"):
+        push(tmp_path / "archive.zarr")
+    assert store.repos[KEY].files == before
 
 
 def test_a_folder_of_something_else_is_left_alone(cache, store, tmp_path):
