@@ -32,7 +32,8 @@ _UNKNOWN_BATCH, _UNKNOWN_DTYPE = 16, "float32"
 _UNIT = 1e-5  # SAEBench's tolerance on the length of a decoder row
 _WIDE = 16_384  # from this width on SAEBench's authors read its absorption scores
 REQUIREMENTS = """\
-# What SAEBench 0.6.0 was tried with on Python 3.11. The environment cannot be granary's: SAEBench wants numpy below 2 and datasets below 4.
+# What SAEBench 0.6.0 was tried with on Python 3.11.
+# The environment cannot be granary's: SAEBench wants numpy below 2 and datasets below 4.
 sae-bench==0.6.0
 sae-lens==6.54.12
 transformer-lens==3.9.0
