@@ -68,6 +68,8 @@ def evaluate(
 
 
 OTHERS: dict[str, str] = {
+    "features": "evaluate.commands.features",
+    "neuronpedia": "evaluate.commands.neuronpedia",
     "saebench": "evaluate.commands.saebench",
 }
 """Commands beside measuring, by their first word, and the modules of their apps."""

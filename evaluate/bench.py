@@ -7,6 +7,7 @@ from typing import Any
 from cache_spec import ActivationCache, HookPlan, UserError
 from cache_spec.hook_point import HookPoint
 from cache_spec.plan import VariantPlan
+from evaluate.cache_model import EMBEDDED_MODEL, name_of_model
 from evaluate.generated_text import make_language, shifted_sample
 from evaluate.held_out import read_held_out
 from evaluate.labelled_text import TextTask, read_labelled, read_plain_text
@@ -31,7 +32,6 @@ from evaluate.windows import (
 )
 from harvest.model import LoadedModel, load_model
 
-EMBEDDED_MODEL = "tiny"
 WHAT = {  # a field of the bench in words: what is missing without it
     "splice": "loss with the reconstruction in place",
     "splice_shifted": "loss on shifted text",
@@ -99,13 +99,9 @@ def make_bench(
 
 
 def _model_of(cache: ActivationCache, device: str) -> tuple[LoadedModel | None, bool, str]:
-    """The model that the cache was made with, whether it is the embedded one; or None and the reason.
-
-    The embedded model is known by its content: its folder may have been given instead of its name.
-    """
+    """The model that the cache was made with, whether it is the embedded one; or None and the reason."""
     facts = cache.plan.model
-    is_embedded = facts.get("revision") == load_model(EMBEDDED_MODEL, weights=False).revision
-    name = EMBEDDED_MODEL if is_embedded else facts["id"]
+    name, is_embedded = name_of_model(cache)
     try:
         loaded = load_model(name, device=device, dtype=facts.get("dtype", "auto"))
     except UserError as error:

@@ -27,7 +27,7 @@ def read_held_out(cache: ActivationCache, hook: HookPlan, device: str) -> HeldOu
     Raises CacheError if the cache holds no rows out of training, or too few to split, and CacheDamaged if some are not
     finite.
     """
-    masked = _masked_variant(cache)
+    masked = masked_variant(cache)
     pieces: dict[str, list[np.ndarray]] = {"calibration": [], "clean": [], "masked": [], "replaced": []}
     for shard in cache.held_out_shards:
         usable = ordinary_rows(cache.column("flags", shard))
@@ -68,7 +68,7 @@ def _n_rows(pieces: list[np.ndarray]) -> int:
     return sum(map(len, pieces))
 
 
-def _masked_variant(cache: ActivationCache) -> tuple[int, str] | None:
+def masked_variant(cache: ActivationCache) -> tuple[int, str] | None:
     """(bit in the mask column, name) of the variant whose rows are scored beside the clean ones."""
     others = [variant.name for variant in cache.plan.variants[1:]]
     if not others:

@@ -93,6 +93,19 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     return _with_small(runs), left_out
 
 
+def one_run(folder: Path) -> Run:
+    """The run in a folder, a transcoder too. Raises UserError if there is none, or it is not finished."""
+    file = folder / FACTS
+    if not file.is_file():
+        raise UserError(
+            f"{folder} is not a run: it has no {FACTS}; give one folder of those that python -m train wrote"
+        )
+    facts = _read(file)
+    if (why := _why_left_out(facts)) and why != TRANSCODER:
+        raise RunsIncomplete(f"{folder}: {why}")
+    return _run(file, facts)
+
+
 def _with_small(runs: Sequence[Run]) -> list[Run]:
     """Plain runs of a smaller dictionary than the largest plain one of their kind are controls."""
     largest: dict[tuple, int] = {}
