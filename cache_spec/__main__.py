@@ -8,8 +8,11 @@ import typer
 
 from cache_spec.cache import ActivationCache
 from cache_spec.command import examples, run_command
+from cache_spec.hub import Repository
 from cache_spec.info import bytes_for_people, describe, summary
 from cache_spec.progress import Progress
+from cache_spec.pull import plan_pull, pull_cache
+from cache_spec.push import bytes_to_push, plan_push, push_cache
 from cache_spec.transcode import bytes_to_read
 from cache_spec.transcode import transcode as transcode_cache
 from cache_spec.verify import bytes_to_check, raise_if_not_whole, verdict, verify_cache
@@ -76,6 +79,43 @@ def transcode(
         n_before, n_after = transcode_cache(cache, out, level=level, advance=progress.advance)
     before, after = bytes_for_people(n_before), bytes_for_people(n_after)
     print(f"{out} is whole: {after} from {before}, {n_before / n_after:.2f} to 1; every checksum matched")
+
+
+@app.command()
+def push(
+    cache: CacheFolder,
+    repo: Annotated[str, typer.Option(help="Where to: owner/name, a dataset of the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository for you alone.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every file with its size, and the card. Sends nothing.")
+    ] = False,
+) -> None:
+    """Send a whole cache to the Hugging Face hub; what is there already is not sent again. docs/hub.md has more."""
+    repository = Repository(name=repo, kind="dataset")
+    plan = plan_push(cache, repository)
+    if dry_run:
+        sizes = {"README.md": len(plan.card.encode())} | {
+            name: path.stat().st_size for name, path in plan.files.items()
+        }
+        print("\n".join([*(f"{size:>15,}  {name}" for name, size in sizes.items()), "", plan.card]))
+        print(f"{len(sizes):,} files, {bytes_for_people(sum(sizes.values()))}; nothing was sent")
+        return
+    with Progress(f"push {cache.name}", bytes_to_push(plan), "bytes") as progress:
+        n_sent = push_cache(plan, repository, private=private, advance=progress.advance)
+    print(f"{repo} is whole on the hub: {n_sent} of {len(plan.shards)} shards were sent, the others were there")
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset of the Hugging Face hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an unfinished pull is gone on with.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: the newest.")] = None,
+) -> None:
+    """Fetch a cache from the Hugging Face hub and compare every checksum on arrival. docs/hub.md has more."""
+    plan = plan_pull(Repository(name=repo, kind="dataset"), revision)
+    with Progress(f"pull {repo}", plan.n_bytes, "bytes") as progress:
+        n_fetched = pull_cache(plan, out, progress.advance)
+    print(f"{out} is whole: {n_fetched} of {plan.plan.n_shards} shards were fetched, every checksum matched")
 
 
 if __name__ == "__main__":

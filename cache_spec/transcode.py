@@ -57,9 +57,9 @@ def transcode(
     granary = {key: granary[key] for key in granary if key not in ("profile", "level", "crc32c")}
     granary |= {"status": HARVESTING} | ({} if cache.is_archive else {"profile": ARCHIVE, "level": level})
     if not (out / PLAN).exists():
-        _refuse_foreign(out, plan)
+        refuse_foreign(out, plan)
         for file, checksum in planner_files(plan).items():
-            _copy(source / file, out / file, checksum)
+            copy_planner_file(source / file, out / file, checksum)
     create_folder(out, plan, seal(granary))
     n_before, n_after = 0, 0
     for shard in cache.shards:
@@ -152,7 +152,7 @@ def _refuse_inside(source: Path, out: Path) -> None:
         raise CacheConflict(f"{out} and {source} lie in each other; give another folder")
 
 
-def _refuse_foreign(out: Path, plan: Plan) -> None:
+def refuse_foreign(out: Path, plan: Plan) -> None:
     """Before the first file is written: nothing but what an unfinished copy of this cache left may be there."""
     if not out.exists():
         return
@@ -168,7 +168,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _copy(source: Path, target: Path, checksum: str) -> None:
+def copy_planner_file(source: Path, target: Path, checksum: str) -> None:
     """Copy a planner's file unless it is there; raises CacheDamaged if it is not what the plan says."""
     if target.exists():
         return

@@ -59,7 +59,7 @@ def verify_cache(path: str | Path, *, advance: Advance = lambda n_bytes: None) -
     records: dict[int, dict[str, Any]] = {}
     problems: list[Problem] = []
     for shard in shards:
-        problems += _check_shard(root, plan, shard, records, advance)
+        problems += check_shard(root, plan, shard, records, advance)
     problems += _check_documents(root, plan)
     problems += _check_profile(root, records)
     problems += _check_status(root, plan, shards, records)
@@ -81,10 +81,10 @@ def bytes_to_check(path: str | Path) -> int:
     return n_bytes
 
 
-def _check_shard(
-    root: Path, plan: Plan, shard: int, records: dict[int, dict[str, Any]], advance: Advance
+def check_shard(
+    root: Path, plan: Plan, shard: int, records: dict[int, dict[str, Any]], advance: Advance = lambda n_bytes: None
 ) -> Iterator[Problem]:
-    """Problems of one shard; puts its record into `records` if it is sound."""
+    """Problems of one shard that has a record; puts that into `records` if it is sound."""
     file = record_file(shard)
     if shard >= plan.n_shards:
         yield Problem(file, f"is for a shard beyond the plan's {plan.n_shards}")

@@ -75,7 +75,11 @@ def evaluate(
     )
 
 
-OTHERS: dict[str, str] = {"features": "evaluate.commands.features", "neuronpedia": "evaluate.commands.neuronpedia"}
+OTHERS: dict[str, str] = {
+    "features": "evaluate.commands.features",
+    "neuronpedia": "evaluate.commands.neuronpedia",
+    "saebench": "evaluate.commands.saebench",
+}
 """Commands beside measuring, by their first word, and the modules of their apps."""
 
 app.command(help=_HELP, epilog=examples(*_EXAMPLES, others=OTHERS))(evaluate)

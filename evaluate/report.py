@@ -13,30 +13,17 @@ from evaluate.compare import Comparison, Difference
 from evaluate.example import Example, example_of
 from evaluate.names import Measurements
 from evaluate.recipes import Measured, Recipe, Result
+from evaluate.saebench.names import nested
 from evaluate.statistics import Estimate
 from evaluate.subject import Learned, Subject
 
 REPORT_VERSION = "2.0"
-# SAEBench's core report: section -> our columns of the same name and meaning
-_SAEBENCH_CORE = {
-    "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
-    "model_performance_preservation": (
-        "ce_loss_score",
-        "ce_loss_with_ablation",
-        "ce_loss_with_sae",
-        "ce_loss_without_sae",
-    ),
-    "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "mse", "cossim"),
-    "shrinkage": ("l2_ratio",),
-    "sparsity": ("l0",),
-    "misc_metrics": ("frac_alive",),
-}
 
 
 def measurement(
     subject: Subject, by_metric: Mapping[str, Measurements], l0: float, example: Example | None, missing: Sequence[str]
 ) -> dict[str, Any]:
-    """What was measured of one case, as JSON: thresholds, every number and histogram, SAEBench's nesting of the core.
+    """What was measured of one case, as JSON: thresholds, every number and histogram, and SAEBench's nesting.
 
     Numbers that are not finite are null, in histograms too.
     """
@@ -50,10 +37,6 @@ def measurement(
         for name, values in found.items()
         if isinstance(values, list)
     }
-    core = numbers.get("core", {})
-    nested = {
-        section: {name: core[name] for name in names if name in core} for section, names in _SAEBENCH_CORE.items()
-    }
     return {
         "threshold": {"trained": _threshold(subject.raw), "matched": _threshold(subject.dictionary)},
         "n_rows": {"calibration": subject.bench.calibration.n, "scored": subject.held_out.n},
@@ -61,7 +44,7 @@ def measurement(
         "metrics": numbers,
         "profiles": profiles,
         "example": None if example is None else asdict(example),
-        "eval_result_metrics": {section: values for section, values in nested.items() if values},
+        "eval_result_metrics": nested(numbers),
         "missing": list(missing),
     }
 

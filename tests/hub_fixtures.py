@@ -5,9 +5,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Protocol
 from urllib.parse import unquote
 
 COMMIT = "c0ffee00" * 5
+
+
+class Answers(Protocol):
+    """A hub: something that answers requests."""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None: ...
 
 
 class Hub:
@@ -28,7 +35,7 @@ class Hub:
         elif "/tree/" in path:
             folder = path.partition(COMMIT)[2].strip("/")
             rows = [self._entry(file) for file in self.files if not folder or file.startswith(f"{folder}/")]
-            _send_json(request, 200, [] if folder and not rows else rows)
+            send_json(request, 200, [] if folder and not rows else rows)
         elif path.endswith("/paths-info/" + COMMIT):
             body = request.rfile.read(int(request.headers.get("Content-Length", 0))).decode()
             wanted = (
@@ -36,10 +43,10 @@ class Hub:
                 if body.startswith("{")
                 else [unquote(p.split("=")[1]) for p in body.split("&") if p.startswith("paths=")]
             )
-            _send_json(request, 200, [self._entry(file) for file in wanted if file in self.files])
+            send_json(request, 200, [self._entry(file) for file in wanted if file in self.files])
         elif path.startswith("/api/datasets/owner/name"):
             siblings = [{"rfilename": file} for file in self.files]
-            _send_json(
+            send_json(
                 request,
                 200,
                 {
@@ -54,7 +61,7 @@ class Hub:
                 },
             )
         else:
-            _send_json(
+            send_json(
                 request,
                 404,
                 {"error": "not found"},
@@ -75,14 +82,14 @@ class Hub:
             status = 206
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             if start >= len(data):
-                _send_json(request, 416, {})
+                send_json(request, 416, {})
                 return
         fate = None
         if request.command == "GET":
             self.downloads.append(name)
             fate = self.fate(name, len(self.downloads))
         if fate is not None and fate >= 400:
-            _send_json(request, fate, {"error": "busy"})
+            send_json(request, fate, {"error": "busy"})
             return
         request.send_response(status)
         for key, value in {**headers, "Content-Length": str(end - start)}.items():
@@ -94,9 +101,10 @@ class Hub:
                 request.close_connection = True
 
 
-def _send_json(
+def send_json(
     request: BaseHTTPRequestHandler, status: int, found: object, headers: dict[str, str] | None = None
 ) -> None:
+    """Answer with JSON."""
     body = json.dumps(found).encode()
     request.send_response(status)
     for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
@@ -107,16 +115,17 @@ def _send_json(
 
 
 @contextmanager
-def served(hub: Hub) -> Iterator[str]:
+def served(hub: Answers) -> Iterator[str]:
     """The address of the hub, while it runs."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # head and body are two writes, and the second would wait for an answer
 
         def do_GET(self) -> None:
             hub.answer(self)
 
-        do_HEAD = do_POST = do_GET
+        do_HEAD = do_POST = do_PUT = do_GET
 
         def log_message(self, format: str, *args: object) -> None:
             pass

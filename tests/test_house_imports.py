@@ -99,3 +99,12 @@ def test_no_import_cycles():
 def is_file(module: str) -> bool:
     path = ROOT.joinpath(*module.split("."))
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def test_caches_and_runs_ask_the_hub_through_one_module_and_only_when_they_must():
+    asking = [path for path in files("cache_spec", "train") if "huggingface_hub" in str(imports(path))]
+    assert [str(path.relative_to(ROOT)) for path in asking] == ["cache_spec/hub.py"]
+    at_the_top = [
+        node for node in ast.parse(asking[0].read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert "huggingface_hub" not in " ".join(map(ast.unparse, at_the_top)), "importing it takes a second"

@@ -66,7 +66,9 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else inspect.Parameter.empty
 
 
-OTHERS: dict[str, str] = {}
+OTHERS: dict[str, str] = {
+    "push": "train.commands.push",
+}
 """Commands beside training, by their first word, and the modules of their apps."""
 
 app.command(help=_HELP, epilog=examples(*_EXAMPLES, others=OTHERS))(_as_command(Options))
