@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from cache_spec import CacheError, UserError
 from evaluate.command import run
-from evaluate.pretrained import find_pretrained, hook_of, read_sae
+from evaluate.pretrained import find_pretrained, hook_of
 from evaluate.runs import RunsIncomplete
+from train.formats.saelens import read_sae
 
 D_IN, D_SAE = 6, 16
 
@@ -92,7 +93,7 @@ def test_a_cfg_that_says_little_is_read_with_saelens_defaults():
     ("facts", "words"),
     [
         (cfg("crosscoder"), "its architecture is 'crosscoder'"),
-        (cfg("transcoder"), "its architecture is 'transcoder'"),
+        (cfg("transcoder", apply_b_dec_to_input=False, d_out=D_IN), "it is a transcoder"),
         (cfg("standard", normalize_activations="layer_norm"), r"are normalised \(layer_norm\)"),
         (cfg("standard", normalize_activations="expected_average_only_in"), "by a factor that the folder does not"),
         (cfg("standard", reshape_activations="hook_z"), "its reshape_activations is hook_z"),
@@ -102,7 +103,7 @@ def test_a_cfg_that_says_little_is_read_with_saelens_defaults():
             cfg("standard", normalize_activations="expected_average_only_in", norm_scaling_factor=float("inf")),
             "by a fac",
         ),
-        (cfg("standard", d_sae=D_SAE + 1), "do not fit together"),
+        (cfg("standard", d_sae=D_SAE + 1), r"its W_dec has the shape \[16, 6\], not \[17, 6\]|its W_enc has"),
         (cfg("standard", metadata="text"), 'its metadata is "text", not a JSON object'),
         (cfg("jumprelu", k="many"), 'its k is "many", not a number from 0 to its d_sae, 16'),
         (cfg("topk", k=17), "its k is 17, not a number from 0 to its d_sae, 16"),
@@ -139,7 +140,7 @@ def test_unknown_tensors_and_files_that_are_missing_or_damaged_are_named(tmp_pat
     with pytest.raises(UserError, match="cannot be read"):
         find_pretrained(str(folder))
     (folder / "sae_weights.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no sae_weights\.safetensors"):
+    with pytest.raises(UserError, match=r"it has no .*sae_weights\.safetensors"):
         find_pretrained(str(folder))
     with pytest.raises(UserError, match="is neither a folder nor owner/name"):
         find_pretrained(str(tmp_path / "nowhere"))
@@ -178,7 +179,7 @@ def test_the_hook_point_is_the_given_one_its_own_or_asked_for(tmp_path):
         str(write(tmp_path / "c", cfg("standard", metadata={"hook_name": "blocks.9.hook_mlp_out"})))
     )
     wide = find_pretrained(str(write(tmp_path / "d", cfg("standard", metadata={}))))
-    wide = type(wide)(name="wide", folder=wide.folder, sae=small_sae(0, d_model=8), cfg={})
+    wide = type(wide)(name="wide", files=wide.files, sae=small_sae(0, d_model=8), metadata={})
     assert hook_of(known, cache, "") == hook_of(other, cache, hook.name) == hook
     if len(cache.plan.hooks) == 1:
         assert hook_of(silent, cache, "") == hook

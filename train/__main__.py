@@ -58,7 +58,10 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else inspect.Parameter.empty
 
 
-OTHERS: dict[str, str] = {}
+OTHERS: dict[str, str] = {
+    "export": "train.commands.export",
+    "import": "train.commands.importing",
+}
 """Commands beside training, by their first word, and the modules of their apps."""
 
 app.command(help=_HELP)(_as_command(Options))
