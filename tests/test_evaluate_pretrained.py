@@ -14,7 +14,10 @@ from cache_spec import CacheError, UserError
 from evaluate.command import run
 from evaluate.pretrained import find_pretrained, hook_of
 from evaluate.runs import RunsIncomplete
+from train.exported import write_folder
+from train.foreign import read_folder
 from train.formats.saelens import read_sae
+from train.names import find
 
 D_IN, D_SAE = 6, 16
 
@@ -213,3 +216,19 @@ def test_it_stands_in_the_table_alone_and_beside_runs_and_is_paired_with_nothing
     capsys.readouterr()
     run(tmp_path / "runs", saes=[str(sae)], metrics="core", out=tmp_path / "runs")
     assert "8 of 8 were measured before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["dictionary_learning", "sparsify"])
+def test_folders_of_other_tools_are_measured_as_they_are(to, tmp_path, monkeypatch):
+    no_model(monkeypatch)
+    cache = small_cache(tmp_path / "cache")
+    hook = cache.plan.hooks[0]
+    folder = write(tmp_path / "sae", cfg("topk", metadata={"hook_name": hook.tl_name}))
+    made = find("formats", to).write(read_folder(folder))
+    other = tmp_path / (made.subfolder or "other")
+    write_folder(other, made.files)
+    run(None, saes=[str(folder), str(other)], cache=cache.path, metrics="core", out=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    first, second = report["recipes"]
+    assert {first["recipe"], second["recipe"]} == {str(folder), str(other)}
+    assert first["metrics"] == second["metrics"]

@@ -185,7 +185,7 @@ def read(folder: Path) -> Stored:
     if not isinstance(trainer, dict):
         raise UserError(f"its {CONFIG} has no trainer, which says what class it is; {AGAIN}")
     name = trainer.get("dict_class")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise UserError(f"its dict_class is {name!r}, and granary reads {', '.join(CLASSES)}; convert it")
     made, found = CLASSES[name], read_plain_tensors(folder / WEIGHTS)
     d_in, d_sae = whole_number(trainer, "activation_dim"), whole_number(trainer, "dict_size")
