@@ -43,6 +43,9 @@ setup: .venv/installed  ## make .venv and install what constraints.txt pins (tor
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(PY) -m pip install --quiet -r constraints.txt
+	@# torch for CUDA brings the triton it needs; elsewhere the kernel's tests run in the interpreter of this one
+	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet triton==3.9.0 \
+		|| echo "triton could not be installed (it has wheels for Linux): the tests of its kernel will be skipped"
 	@touch $@
 
 # The whole main job on the embedded model, offline. DEMO_SIZE=small is a smoke test of the same commands.

@@ -174,15 +174,15 @@ class Options:
     bandwidth: Annotated[
         float, _option(help="(training) Width of the window in which a jumprelu threshold learns.")
     ] = 0.001
+    precision: Annotated[
+        str, _option(help="(training) Of matrix products: fp32 or bf16; weights and losses are float32 in both.")
+    ] = "fp32"
 
     # the machine
     device: Annotated[str, _option(help="(machine) Where to train: cpu, cuda, cuda:1, mps.")] = "cpu"
     kernel: Annotated[
         str, _option(help=f"(machine) How steps are computed: {_kernels}, or auto, the fastest for the shape.")
     ] = "auto"
-    precision: Annotated[
-        str, _option(help="(training) Of matrix products: fp32 or bf16; weights and losses are float32 in both.")
-    ] = "fp32"
     memory: Annotated[
         str,
         _option(

@@ -11,7 +11,8 @@ from train.kernels._entries import Entries, row_starts
 from train.kernels._search import Candidates, Groups, batch_bound, row_bounds
 
 MARGIN = 1 / 64
-"""Of a bound, as a share: what bfloat16 may have put below it by rounding is a candidate too."""
+"""Of a bound, as a share: what bfloat16 may have put so far below it by rounding is a candidate too: three standard
+deviations, and more where rows are wide."""
 Refine = Callable[[Tensor, Tensor], Tensor]
 """(row [n], latent [n]) -> pre-activations [n] in float32."""
 
@@ -32,33 +33,33 @@ class Chosen:
 
 def choose_topk(activation: TopK, pre: Tensor, refine: Refine | None) -> Chosen:
     """The k largest of each row of pre-activations [batch, d_sae], as far as they are positive."""
-    groups = Groups(pre, activation.k)
-    found = _refined(groups.above(_positive(row_bounds(groups, activation.k), refine)), refine)
-    starts = row_starts(found.row, len(pre))
-    counts = torch.diff(starts, append=starts.new_tensor([len(found.row)]))
-    width = int(counts.max()) if len(counts) else 0
-    if width > activation.k:
-        place = torch.arange(len(found.row), device=pre.device) - starts[found.row]
-        padded = found.value.new_full((len(pre), width), -torch.inf)
-        padded[found.row, place] = found.value
-        best = padded.topk(activation.k, dim=1, sorted=False).indices
-        kept = torch.zeros(len(found.row), dtype=torch.bool, device=pre.device)
-        kept[(starts.unsqueeze(1) + best)[best < counts.unsqueeze(1)]] = True
-        found = _only(found, kept)
-    return _chosen(_on(found, refine), len(pre), None)
+    groups, k, n_rows = Groups(pre, activation.k), activation.k, len(pre)
+    found = groups.above(_positive(row_bounds(groups, k), refine))
+    if refine is not None:
+        padded, _ = _padded(found, n_rows, k)
+        bound = _positive(padded.topk(k, dim=1, sorted=False).values.amin(1), refine)
+        found = _refined(_only(found, (found.value < bound[found.row]).logical_not_()), refine)
+    padded, starts = _padded(found, n_rows, k)
+    if padded.shape[1] > k:
+        best = padded.topk(k, dim=1, sorted=False).indices
+        kept = torch.zeros(n_rows * padded.shape[1], dtype=torch.bool, device=pre.device)
+        kept[(best + padded.shape[1] * torch.arange(n_rows, device=pre.device).unsqueeze(1)).flatten()] = True
+        found = _only(found, kept[_place(found, starts, padded)])
+    return _chosen(_on(found, refine), n_rows, None)
 
 
 def choose_batchtopk(activation: BatchTopK, pre: Tensor, refine: Refine | None) -> Chosen:
     """The k * batch largest of all pre-activations [batch, d_sae], as far as they are positive; ties are kept."""
-    groups = Groups(pre, activation.k)
-    found = _refined(groups.above(_positive(batch_bound(groups, activation.k), refine)), refine)
-    n_found, n_kept = len(found.value), activation.k * len(pre)
-    smallest = None
-    if n_found > n_kept:
-        smallest = found.value.kthvalue(n_found - n_kept + 1).values
+    groups, n_kept = Groups(pre, activation.k), activation.k * len(pre)
+    found = groups.above(_positive(batch_bound(groups, activation.k), refine))
+    if refine is not None:
+        if (bound := _nth_largest(found.value, n_kept)) is not None:
+            found = _only(found, (found.value < _positive(bound, refine)).logical_not_())
+        found = _refined(found, refine)
+    smallest = _nth_largest(found.value, n_kept)
+    if smallest is not None:
         found = _only(found, (found.value < smallest).logical_not_())
-    n_found = len(found.value)
-    found = _on(found, refine)
+    n_found, found = len(found.value), _on(found, refine)
     if smallest is None or len(found.value) < n_found:  # fewer are positive
         smallest = found.value.amin() if len(found.value) else found.value.new_tensor(torch.inf)
     return _chosen(found, len(pre), smallest)
@@ -80,6 +81,26 @@ def _positive(bound: Tensor, refine: Refine | None) -> Tensor:
     """A bound above 0, and lower by the margin where rounded values are compared with it. NaN lets all through."""
     lowered = bound if refine is None else bound * (1 - MARGIN)
     return lowered.nan_to_num(nan=0.0, neginf=0.0).clamp(min=torch.finfo(bound.dtype).tiny)
+
+
+def _nth_largest(values: Tensor, n: int) -> Tensor | None:
+    """A scalar; None if there are no more than n values."""
+    return values.kthvalue(len(values) - n + 1).values if len(values) > n else None
+
+
+def _padded(found: Candidates, n_rows: int, k: int) -> tuple[Tensor, Tensor]:
+    """The candidates as rows [n_rows, at least k] with minus infinity behind them, and where rows start [n_rows]."""
+    starts = row_starts(found.row, n_rows)
+    counts = torch.diff(starts, append=starts.new_tensor([len(found.row)]))
+    padded = found.value.new_full((n_rows, max(k, int(counts.max()))), -torch.inf)
+    padded.view(-1)[_place(found, starts, padded)] = found.value
+    return padded, starts
+
+
+def _place(found: Candidates, starts: Tensor, padded: Tensor) -> Tensor:
+    """[n]: each candidate's place in the flattened rows."""
+    shift = padded.shape[1] * torch.arange(len(starts), device=starts.device) - starts
+    return torch.arange(len(found.row), device=starts.device) + shift[found.row]
 
 
 def _refined(found: Candidates, refine: Refine | None) -> Candidates:

@@ -37,7 +37,8 @@ class Groups:
         size = GROUP
         while size > 1 and (d_sae % size or d_sae // size < COARSE * k):
             size //= 2
-        self.n_rows, self._positive = n_rows, positive
+        self.n_rows = n_rows
+        self._as_integers = positive and values.dtype == torch.bfloat16 and values.device.type == "cpu"
         self._values = values.view(n_rows, size, d_sae // size)  # latents of one group lie d_sae / size apart
         self._maxima = self._largest(self._values) if size > 1 else values
 
@@ -56,16 +57,22 @@ class Groups:
         size, n_groups = self._values.shape[1:]
         of_latent = bound.view(size, n_groups) if bound.ndim == 1 else None
         of_group = bound if of_latent is None else of_latent.amin(0)
-        row, group = (self._maxima < of_group).logical_not_().nonzero().unbind(1)
+        row, group = self._below(of_group).logical_not_().nonzero().unbind(1)
         opened = self._values[row, :, group]  # [n_hit, size]
         bounds = of_latent[:, group].t() if of_latent is not None else bound[row] if bound.ndim else bound
         place, member = (opened < bounds).logical_not_().nonzero().unbind(1)
         return Candidates(row=row[place], latent=group[place] + member * n_groups, value=opened[place, member])
 
+    def _below(self, bound: Tensor) -> Tensor:
+        """[batch, n_groups] bool: which maxima are below a bound of their type."""
+        if self._as_integers:
+            return self._maxima.view(torch.int16) < bound.view(torch.int16)
+        return self._maxima < bound
+
     def _largest(self, values: Tensor) -> Tensor:
         """[batch, size, n] -> [batch, n]. bfloat16 goes as the integers that its bits are, several times faster on a
         CPU: the same order where values are positive; among negative ones it gives some negative one."""
-        if self._positive and values.dtype == torch.bfloat16 and values.device.type == "cpu":
+        if self._as_integers:
             return values.view(torch.int16).amax(1).view(torch.bfloat16)
         return values.amax(1)
 

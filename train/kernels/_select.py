@@ -30,9 +30,10 @@ def _fastest(device: str, job: Job) -> tuple[str, str]:
     reasons = []
     for name in (name for name in ("triton", "sparse") if name in available("kernels")):
         module = find("kernels", name)
+        if name == "triton" and not device.startswith("cuda"):
+            continue  # where it can run at all there, it is by Triton's interpreter, for tests
         if problem := module.unavailable(device):
-            if name != "triton" or device.startswith("cuda"):
-                reasons.append(f"{name} {problem}")
+            reasons.append(f"{name} {problem}")
             continue
         if problem := module.refusal(job):
             reasons.append(f"{name} cannot: {problem}")

@@ -83,7 +83,7 @@ class Update:
         run = self._run
         parameters = dict(run.sae.named_parameters())
         assert names == parameters.keys(), f"gradients for {sorted(names)}, parameters {sorted(parameters)}"
-        states = {name: _state(run.optimizer, parameter) for name, parameter in parameters.items()}
+        states = {name: adam_state(run.optimizer, parameter) for name, parameter in parameters.items()}
         for state in states.values():
             state["step"] += 1
         beta1, beta2 = run.recipe.betas
@@ -118,7 +118,7 @@ def _project(gradient: Tensor, rows: Tensor) -> None:
     gradient.addcmul_(rows, along.unsqueeze(1), value=-1.0)
 
 
-def _state(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
+def adam_state(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
     """Adam's moments of a parameter, as the optimiser itself would start them."""
     state = optimizer.state[parameter]
     if not state:

@@ -28,8 +28,8 @@ _PENALTIES = {"auxk", "l0"}
 
 
 def unavailable(device: str) -> str:
-    """Why it cannot run on a device; empty: it runs on all."""
-    return ""
+    """Why it cannot run on a device, empty if it can."""
+    return "" if device.split(":")[0] in ("cpu", "cuda") else f"has not been tried on {device}"
 
 
 def refusal(job: Job) -> str:
@@ -102,10 +102,10 @@ class Sparse:
         sae, refine = self._run.sae, None
         rows, weights, b_enc = centred, sae.W_enc.t(), sae.b_enc
         if self._run.config.precision == "bf16":
+            rows, weights, b_enc = _rounded("rows", rows), _rounded("weights", weights), b_enc.bfloat16()
             refine = partial(_exact, sae, centred)
-            rows, weights, b_enc = _rounded("rows", rows), _rounded("weights", weights), _rounded("b_enc", b_enc)
         pre = scratch("pre", (len(rows), sae.d_sae), rows.dtype, rows.device)
-        torch.addmm(b_enc, rows, weights.t(), out=pre)
+        torch.mm(rows, weights.t(), out=pre).add_(b_enc)  # faster than a product on top of the biases
         if isinstance(sae.activation, TopK):
             return choose_topk(sae.activation, pre, refine)
         if isinstance(sae.activation, BatchTopK):
