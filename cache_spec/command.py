@@ -68,6 +68,11 @@ def app_for(arguments: list[str], main: Callable[[], Any], others: dict[str, str
     return main
 
 
+def commands_beside(room: str, others: dict[str, str]) -> str:
+    """The last line of a room's --help: the commands that have a --help of their own; empty if there are none."""
+    return f"Other commands: {', '.join(f'python -m {room} {name}' for name in others)}." if others else ""
+
+
 def heed(*numbers: signal.Signals) -> None:
     """From now on these signals raise KeyboardInterrupt, where they would end the process without a word."""
     for number in numbers:

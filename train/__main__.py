@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from cache_spec.command import app_for, heed, run_command
+from cache_spec.command import app_for, commands_beside, heed, run_command
 from train.options import Options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -64,7 +64,7 @@ OTHERS: dict[str, str] = {
 }
 """Commands beside training, by their first word, and the modules of their apps."""
 
-app.command(help=_HELP)(_as_command(Options))
+app.command(help=_HELP, epilog=commands_beside("train", OTHERS))(_as_command(Options))
 
 if __name__ == "__main__":
     run_command(app_for(sys.argv, app, OTHERS))
