@@ -88,7 +88,7 @@ def _download(text: str) -> Path:
             f"--sae {text} is not a folder here and cannot be downloaded (offline, or HF_HUB_OFFLINE is set); "
             "check the spelling and the network"
         ) from error
-    except (HfHubHTTPError, HTTPError, HFValidationError, OSError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, HTTPError, HFValidationError, OSError) as error:
         why = str(error).strip().split("\n")[0]
         raise UserError(f"--sae {text} is no folder here, and the hub has no SAE of that name ({why})") from error
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from evaluate_fixtures import no_model, small_cache, small_sae, write_run
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from cache_spec import CacheError, UserError
@@ -232,3 +232,18 @@ def test_folders_of_other_tools_are_measured_as_they_are(to, tmp_path, monkeypat
     first, second = report["recipes"]
     assert {first["recipe"], second["recipe"]} == {str(folder), str(other)}
     assert first["metrics"] == second["metrics"]
+
+
+def test_on_the_hub_the_files_of_other_tools_are_looked_for_where_saelens_s_are_missing(tmp_path, monkeypatch):
+    folder = write(tmp_path / "sae", cfg("topk"))
+    write_folder(tmp_path / "hub" / "x", find("formats", "dictionary_learning").write(read_folder(folder)).files)
+
+    def download(_: str, name: str) -> str:
+        if not (tmp_path / "hub" / name).exists():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / "hub" / name)
+
+    monkeypatch.setattr("evaluate.pretrained.hf_hub_download", download)
+    assert find_pretrained("owner/name:x").k == 3
+    with pytest.raises(UserError, match=r"the hub has no SAE of that name \(y/cfg\.json\)"):
+        find_pretrained("owner/name:y")
