@@ -35,7 +35,7 @@ def evaluate(
     ] = "",
     sae: Annotated[
         list[str] | None,
-        typer.Option(help="An SAE that SAELens 6 reads: a folder, owner/name or owner/name:subfolder; repeatable."),
+        typer.Option(help="An SAE of SAELens, dictionary_learning or sparsify: a folder or owner/name[:subfolder]."),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="The cache to measure on, if it was moved or for --sae; default: the runs' own.")

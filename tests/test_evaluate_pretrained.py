@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 from evaluate_fixtures import no_model, small_cache, small_sae, write_run
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from cache_spec import CacheError, UserError
 from evaluate.command import run
-from evaluate.pretrained import find_pretrained, hook_of, read_sae
+from evaluate.pretrained import find_pretrained, hook_of
 from evaluate.runs import RunsIncomplete
+from train.exported import write_folder
+from train.foreign import read_folder
+from train.formats.saelens import read_sae
+from train.names import find
 
 D_IN, D_SAE = 6, 16
 
@@ -92,7 +96,7 @@ def test_a_cfg_that_says_little_is_read_with_saelens_defaults():
     ("facts", "words"),
     [
         (cfg("crosscoder"), "its architecture is 'crosscoder'"),
-        (cfg("transcoder"), "its architecture is 'transcoder'"),
+        (cfg("transcoder", apply_b_dec_to_input=False, d_out=D_IN), "it is a transcoder"),
         (cfg("standard", normalize_activations="layer_norm"), r"are normalised \(layer_norm\)"),
         (cfg("standard", normalize_activations="expected_average_only_in"), "by a factor that the folder does not"),
         (cfg("standard", reshape_activations="hook_z"), "its reshape_activations is hook_z"),
@@ -102,7 +106,7 @@ def test_a_cfg_that_says_little_is_read_with_saelens_defaults():
             cfg("standard", normalize_activations="expected_average_only_in", norm_scaling_factor=float("inf")),
             "by a fac",
         ),
-        (cfg("standard", d_sae=D_SAE + 1), "do not fit together"),
+        (cfg("standard", d_sae=D_SAE + 1), r"its W_dec has the shape \[16, 6\], not \[17, 6\]|its W_enc has"),
         (cfg("standard", metadata="text"), 'its metadata is "text", not a JSON object'),
         (cfg("jumprelu", k="many"), 'its k is "many", not a number from 0 to its d_sae, 16'),
         (cfg("topk", k=17), "its k is 17, not a number from 0 to its d_sae, 16"),
@@ -139,7 +143,7 @@ def test_unknown_tensors_and_files_that_are_missing_or_damaged_are_named(tmp_pat
     with pytest.raises(UserError, match="cannot be read"):
         find_pretrained(str(folder))
     (folder / "sae_weights.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no sae_weights\.safetensors"):
+    with pytest.raises(UserError, match=r"it has no .*sae_weights\.safetensors"):
         find_pretrained(str(folder))
     with pytest.raises(UserError, match="is neither a folder nor owner/name"):
         find_pretrained(str(tmp_path / "nowhere"))
@@ -178,7 +182,7 @@ def test_the_hook_point_is_the_given_one_its_own_or_asked_for(tmp_path):
         str(write(tmp_path / "c", cfg("standard", metadata={"hook_name": "blocks.9.hook_mlp_out"})))
     )
     wide = find_pretrained(str(write(tmp_path / "d", cfg("standard", metadata={}))))
-    wide = type(wide)(name="wide", folder=wide.folder, sae=small_sae(0, d_model=8), cfg={})
+    wide = type(wide)(name="wide", files=wide.files, sae=small_sae(0, d_model=8), metadata={})
     assert hook_of(known, cache, "") == hook_of(other, cache, hook.name) == hook
     if len(cache.plan.hooks) == 1:
         assert hook_of(silent, cache, "") == hook
@@ -212,3 +216,34 @@ def test_it_stands_in_the_table_alone_and_beside_runs_and_is_paired_with_nothing
     capsys.readouterr()
     run(tmp_path / "runs", saes=[str(sae)], metrics="core", out=tmp_path / "runs")
     assert "8 of 8 were measured before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["dictionary_learning", "sparsify"])
+def test_folders_of_other_tools_are_measured_as_they_are(to, tmp_path, monkeypatch):
+    no_model(monkeypatch)
+    cache = small_cache(tmp_path / "cache")
+    hook = cache.plan.hooks[0]
+    folder = write(tmp_path / "sae", cfg("topk", metadata={"hook_name": hook.tl_name}))
+    made = find("formats", to).write(read_folder(folder))
+    other = tmp_path / (made.subfolder or "other")
+    write_folder(other, made.files)
+    run(None, saes=[str(folder), str(other)], cache=cache.path, metrics="core", out=tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    first, second = report["recipes"]
+    assert {first["recipe"], second["recipe"]} == {str(folder), str(other)}
+    assert first["metrics"] == second["metrics"]
+
+
+def test_on_the_hub_the_files_of_other_tools_are_looked_for_where_saelens_s_are_missing(tmp_path, monkeypatch):
+    folder = write(tmp_path / "sae", cfg("topk"))
+    write_folder(tmp_path / "hub" / "x", find("formats", "dictionary_learning").write(read_folder(folder)).files)
+
+    def download(_: str, name: str) -> str:
+        if not (tmp_path / "hub" / name).exists():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / "hub" / name)
+
+    monkeypatch.setattr("evaluate.pretrained.hf_hub_download", download)
+    assert find_pretrained("owner/name:x").k == 3
+    with pytest.raises(UserError, match=r"the hub has no SAE of that name \(y/cfg\.json\)"):
+        find_pretrained("owner/name:y")

@@ -1,6 +1,6 @@
 """What SAELens is given: names, shapes and numbers, with its encode and decode stated in numpy on the saved tensors.
 
-benchmarks/saelens_compat.py asks SAELens itself.
+benchmarks/compat.py asks SAELens itself.
 """
 
 import json

@@ -67,6 +67,8 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 
 
 OTHERS: dict[str, str] = {
+    "export": "train.commands.export",
+    "import": "train.commands.importing",
     "push": "train.commands.push",
 }
 """Commands beside training, by their first word, and the modules of their apps."""

@@ -13,6 +13,7 @@ _KINDS = {
     "corruptions": "corruption",
     "kernels": "kernel",
     "presets": "preset",
+    "formats": "format",
 }
 
 

@@ -19,7 +19,7 @@ _THEIR_NAMES = {  # our architecture -> SAELens's, where they differ
     "standard_april": "standard",
     "p_anneal": "standard",
 }
-_PLAIN = {"standard": "", "jumprelu": "jumprelu_", "topk": "topk_", "gated": "gated_"}  # -> a transcoder's prefix
+PLAIN = {"standard": "", "jumprelu": "jumprelu_", "topk": "topk_", "gated": "gated_"}  # -> a transcoder's prefix
 _NEARLY_ONE = 1e-5  # decoder rows that are kept at length 1 are off by rounding, which is not worth another rounding
 
 
@@ -61,8 +61,6 @@ def _lengths(sae: SparseAutoencoder) -> Tensor:
 def saelens_config(sae: SparseAutoencoder, facts: dict[str, Any]) -> dict[str, Any]:
     """cfg.json as SAELens 6 reads it; our own facts stand under metadata.granary."""
     config, cache = facts["config"], facts["cache"]
-    k = sae.activation.k if isinstance(sae.activation, TopK) else None
-    architecture = architecture_of(sae)
     metadata = {
         "sae_lens_version": VERSION,
         "model_name": cache["model"],
@@ -77,6 +75,13 @@ def saelens_config(sae: SparseAutoencoder, facts: dict[str, Any]) -> dict[str, A
     }
     if target := cache.get("target"):
         metadata |= {"hook_name_out": target["tl_name"], "hf_hook_name_out": target["hf_name"]}
+    return config_with(sae, metadata)
+
+
+def config_with(sae: SparseAutoencoder, metadata: dict[str, Any]) -> dict[str, Any]:
+    """cfg.json of an SAE in raw units, of which the metadata says where it comes from."""
+    k = sae.activation.k if isinstance(sae.activation, TopK) else None
+    architecture = architecture_of(sae)
     return {
         "d_in": sae.d_model,
         "d_sae": sae.d_sae,
@@ -103,7 +108,7 @@ def architecture_of(sae: SparseAutoencoder) -> str:
     same_shape = sae.W_skip is None and sae.d_out == sae.d_model
     if not sae.is_transcoder or (plain in ("topk", "gated") and same_shape):
         return plain
-    return f"{_PLAIN[plain]}{'' if sae.W_skip is None else 'skip_'}transcoder"
+    return f"{PLAIN[plain]}{'' if sae.W_skip is None else 'skip_'}transcoder"
 
 
 def assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
