@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from train_fixtures import DATA, contents, make_training_cache, run_config, sweep_runs
 
-from cache_spec import CacheDamaged, DiskFull
+from cache_spec import CacheDamaged, DiskFull, UserError
 from train import sweep
 from train.config import RunConfig
 from train.loader import MixedBatchLoader
@@ -47,14 +47,14 @@ def interrupted_at(step: int):
     stream = MixedBatchLoader.stream
 
     @contextmanager
-    def stopping(self, first, last, with_masked=True):
+    def stopping(self, first, last, mixtures):
         def until(rows):
             for each in rows:
                 if each.step == step:
                     raise KeyboardInterrupt
                 yield each
 
-        with stream(self, first, last, with_masked) as rows:
+        with stream(self, first, last, mixtures) as rows:
             yield until(rows)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,6 +98,18 @@ def test_with_the_sparse_kernel_the_bits_depend_on_nothing_but_the_run(loader, t
     for run in few_codes():
         train("alone", [run])
     assert contents(tmp_path / "stopped") == contents(tmp_path / "alone") == contents(tmp_path / "whole")
+
+
+def test_a_run_from_before_there_was_a_choice_of_precision_goes_on_in_fp32(loader, tmp_path):
+    with interrupted_at(20):
+        train_sweep(loader, [run_config("topk")], out=tmp_path, checkpoint_every=EVERY)
+    file = tmp_path / "topk" / "run.json"
+    facts = json.loads(file.read_text())
+    del facts["config"]["precision"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"precision \(fp32, now bf16\)"):
+        train_sweep(loader, [run_config("topk", precision="bf16")], out=tmp_path, resume=True)
+    assert train_sweep(loader, [run_config("topk")], out=tmp_path, resume=True)[0]["status"] == COMPLETE
 
 
 def test_another_kernel_may_go_on_and_the_run_says_so(loader, tmp_path, caplog):
@@ -252,14 +264,14 @@ def test_a_damaged_file_that_only_comes_up_in_training_costs_no_step(whole, load
     stream = MixedBatchLoader.stream
 
     @contextmanager
-    def failing(self, first, last, with_masked=True):
+    def failing(self, first, last, mixtures):
         def until(rows):
             for each in rows:
                 if each.step == 20:
                     raise CacheDamaged("c/3/0 fails its checksum; delete its record and run the same harvest")
                 yield each
 
-        with stream(self, first, last, with_masked) as rows:
+        with stream(self, first, last, mixtures) as rows:
             yield until(rows)
 
     with monkeypatch.context() as patch:
