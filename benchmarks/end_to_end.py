@@ -24,7 +24,7 @@ from benchmarks.contest import spread
 from benchmarks.jobs import describe, machine, make_job, parse_kernels
 from benchmarks.loader import make_cache
 from benchmarks.peers.job import Job
-from benchmarks.sweep import Stretch, new_runs, open_loader, train, wait_for
+from benchmarks.sweep import N_SHARDS, Stretch, new_runs, open_loader, train, wait_for
 from cache_spec.command import run_command
 from cache_spec.errors import UserError
 from train.loader import MixedBatchLoader
@@ -87,7 +87,7 @@ def main(
     print(f"{describe(job)}; {saes} {'SAE' if saes == 1 else 'SAEs'}")
     print(f"{'':<26}{'tokens/s':>12}{'x step':>8}{'waits':>8}")
     with tempfile.TemporaryDirectory() as folder:
-        cache = make_cache(Path(folder) / "cache", job.d_model, shard_rows)
+        cache = make_cache(Path(folder) / "cache", job.d_model, shard_rows, N_SHARDS)
         for name in parse_kernels(kernel, device):
             stages = measure(open_loader(cache, job), job, name, saes, rounds, max(2, steps // (4 * rounds)))
             out = Path(folder) / f"runs_{name}"

@@ -27,13 +27,14 @@ from cache_spec.errors import UserError
 from train.choosing import kernels_for
 from train.config import DataConfig, RunConfig
 from train.loader import MixedBatchLoader
-from train.mixing import Rows
+from train.mixing import CLEAN, Rows
 from train.passes import threads_of
 from train.report import keep_freed_memory
 from train.step import TrainRun
 from train.timetable import schedule_for
 from train.workers import workers
 
+N_SHARDS = 8  # of the made-up cache
 LONG = 1_000_000  # steps that the schedule is laid out for; the benchmark stops long before
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -81,7 +82,7 @@ def train(loader: MixedBatchLoader, runs: Sequence[TrainRun], n_steps: int) -> S
         run.step(x, x)
         done.append(time.perf_counter())
 
-    with loader.stream(first, first + n_steps + 1, with_masked=False) as stream, workers(n_threads) as pool:
+    with loader.stream(first, first + n_steps + 1, CLEAN) as stream, workers(n_threads) as pool:
         read: Callable[[], tuple[Rows | None, float]] = lambda: (next(stream, None), time.perf_counter())  # noqa: E731
         rows, _ = read()
         start = time.perf_counter()
@@ -130,7 +131,7 @@ def main(
     job = make_job(arch, shape, precision, device)
     times: dict[int, list[Stretch]] = {n: [] for n in parse_sizes(saes)}
     with tempfile.TemporaryDirectory() as folder:
-        loader = open_loader(make_cache(Path(folder) / "cache", job.d_model, shard_rows), job)
+        loader = open_loader(make_cache(Path(folder) / "cache", job.d_model, shard_rows, N_SHARDS), job)
         groups = {n: new_runs(loader, job, kernel, n) for n in times}
         for i in range(rounds + 1):
             for n, runs in groups.items():
