@@ -54,7 +54,7 @@ def ours(job: Job, kernels: list[str]) -> list[Entrant]:
 def peers(job: Job, places: Places) -> list[Entrant]:
     """The others, of those whose place was given; each in every setting that may be its fastest."""
     variants = {"dictionary_learning": [""], "saelens": [""], "sparsify": ["signum", "adam"], "saev": [""]}
-    if job.arch == "topk" and job.precision == "fp32":
+    if job.arch == "topk":
         variants["saelens"].append("sparse")
     if job.device.startswith("cuda"):
         variants["saelens"].append("compiled")

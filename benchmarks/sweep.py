@@ -34,7 +34,7 @@ from train.step import TrainRun
 from train.timetable import schedule_for
 from train.workers import workers
 
-N_SHARDS = 8
+N_SHARDS = 8  # of the made-up cache
 LONG = 1_000_000  # steps that the schedule is laid out for; the benchmark stops long before
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

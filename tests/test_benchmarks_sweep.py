@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from benchmarks import end_to_end, sweep
 from benchmarks.jobs import make_job
 from benchmarks.loader import make_cache
-from benchmarks.sweep import new_runs, open_loader, parse_sizes, train
+from benchmarks.sweep import N_SHARDS, new_runs, open_loader, parse_sizes, train
 from cache_spec.errors import UserError
 
 TINY = ["--shape", "16,64,4,32", "--shard-rows", "1024", "--rounds", "1"]
@@ -26,7 +26,7 @@ def test_the_sweep_has_a_row_for_each_number_of_saes():
 
 def test_all_saes_of_a_stretch_see_the_same_rows_and_go_on_from_where_they_are(tmp_path):
     job = make_job("batchtopk", "16,64,4,32", "fp32", "cpu")
-    loader = open_loader(make_cache(tmp_path / "cache", 16, 1024, 2), job)
+    loader = open_loader(make_cache(tmp_path / "cache", 16, 1024, N_SHARDS), job)
     runs = new_runs(loader, job, "dense", 2)
     first = runs[0].sae.W_dec.clone()
     stretch = train(loader, runs, 3)

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from train_fixtures import run_config
 
 from cache_spec import UserError
 from train.activations import JumpReLU, ReLU
+from train.kernels import select
 from train.kernels.dense import forward as forward_of
 from train.penalties.auxk import auxk
 from train.penalties.gate import gate as gate_penalty
@@ -15,6 +17,7 @@ from train.penalties.l1 import l1
 from train.penalties.lp import lp, mean_power
 from train.recipe import StepView
 from train.sae import SparseAutoencoder, initialise
+from train.step import TrainRun
 
 D_MODEL, D_SAE, N_ROWS = 8, 24, 32
 
@@ -183,3 +186,15 @@ def test_l0_raises_thresholds_when_too_many_latents_are_active_and_lowers_them_w
         assert (sign * found >= 0).all()
         assert found.any()
         assert not gradient(step.sae, "W_enc").any()  # a count says nothing about the weights
+
+
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
+def test_a_batch_of_one_row_with_dead_latents_leaves_every_weight_finite(arch, kernel):
+    """Its residual has no variance, over which auxk could be."""
+    run = TrainRun(run_config(arch, d_sae=72, dead_tokens=5), 8, 60, select(kernel, "cpu"))
+    for seed in range(12):
+        x = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed)) / 8**0.5
+        assert run.step(x, x).loss < 100
+    assert run.dead().any()
+    assert all(bool(value.isfinite().all()) for value in run.state().values())

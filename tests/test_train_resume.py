@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from train_fixtures import DATA, contents, make_training_cache, sweep_runs
+from train_fixtures import DATA, contents, make_training_cache, run_config, sweep_runs
 
-from cache_spec import CacheDamaged, DiskFull
+from cache_spec import CacheDamaged, DiskFull, UserError
 from train import sweep
+from train.config import RunConfig
 from train.loader import MixedBatchLoader
 from train.run_folder import COMPLETE
 from train.step import TrainRun
@@ -73,6 +74,53 @@ def test_a_resumed_sweep_ends_as_if_it_had_never_stopped(steps, whole, loader, t
         assert not list(tmp_path.glob("*/cfg.json"))
     train_sweep(loader, RUNS, out=tmp_path, checkpoint_every=EVERY, resume=True)
     assert contents(tmp_path) == contents(whole)
+
+
+def few_codes() -> list[RunConfig]:
+    """What the sparse kernel can train, in both precisions; jumprelu's steps are dense and then sparse."""
+    return [
+        run_config(arch, name=f"{arch}_{precision}", precision=precision, d_sae=256, masked_fraction=fraction)
+        for arch, fraction in (("topk", 0.5), ("batchtopk", 0.0), ("matryoshka", 0.0), ("jumprelu", 0.0))
+        for precision in ("fp32", "bf16")
+    ]
+
+
+def test_with_the_sparse_kernel_the_bits_depend_on_nothing_but_the_run(loader, tmp_path):
+    """Not on an interruption, threads, or what trains beside it."""
+
+    def train(folder: str, runs: list[RunConfig], **how) -> None:
+        train_sweep(loader, runs, out=tmp_path / folder, kernel="sparse", checkpoint_every=EVERY, **how)
+
+    train("whole", few_codes())
+    with interrupted_at(20):
+        train("stopped", few_codes())
+    train("stopped", few_codes(), resume=True, n_threads=2)
+    for run in few_codes():
+        train("alone", [run])
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "alone") == contents(tmp_path / "whole")
+
+
+def test_a_run_from_before_there_was_a_choice_of_precision_goes_on_in_fp32(loader, tmp_path):
+    with interrupted_at(20):
+        train_sweep(loader, [run_config("topk")], out=tmp_path, checkpoint_every=EVERY)
+    file = tmp_path / "topk" / "run.json"
+    facts = json.loads(file.read_text())
+    del facts["config"]["precision"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"precision \(fp32, now bf16\)"):
+        train_sweep(loader, [run_config("topk", precision="bf16")], out=tmp_path, resume=True)
+    assert train_sweep(loader, [run_config("topk")], out=tmp_path, resume=True)[0]["status"] == COMPLETE
+
+
+def test_another_kernel_may_go_on_and_the_run_says_so(loader, tmp_path, caplog):
+    runs = [run_config("topk")]
+    with interrupted_at(20):
+        train_sweep(loader, runs, out=tmp_path, kernel="sparse", checkpoint_every=EVERY)
+    with interrupted_at(30):
+        train_sweep(loader, runs, out=tmp_path, kernel="dense", checkpoint_every=EVERY, resume=True)
+    train_sweep(loader, runs, out=tmp_path, kernel="dense", checkpoint_every=EVERY, resume=True)
+    assert caplog.text.count("topk was trained with --kernel sparse so far and goes on with dense") == 1
+    assert json.loads((tmp_path / "topk" / "run.json").read_text())["kernel"] == "sparse, dense"
 
 
 def test_runs_that_stopped_at_different_steps_go_on_from_where_each_was(whole, loader, tmp_path):

@@ -107,6 +107,22 @@ def test_one_step_without_clipping_is_equal_to_rounding(name):
         torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("arch", ["topk", "batchtopk"])
+def test_bfloat16_finds_the_codes_of_a_transcoder_whose_input_has_a_large_mean(arch):
+    """One dimension a hundred times the others, as in language models, which b_enc has learnt to undo."""
+    changes: dict[str, Any] = {"arch": arch, "precision": "bf16", "d_sae": 2048, "k": 16, "penalties": ("auxk=0",)}
+    run = make_run("sparse", dtype=torch.float32, d_out=5, clip_norm=0.0, **changes)
+    x = torch.randn(256, D_MODEL, generator=torch.Generator().manual_seed(0))
+    x[:, 7] += 300
+    with torch.no_grad():
+        run.sae.b_enc.copy_(-x.mean(0) @ run.sae.W_enc)
+        pre = run.sae.pre_activations(x)
+    expected = run.sae.codes(pre, run.sae.activation.train(pre, run.sae.threshold)[0])
+    wanted = run.sae.decode(expected)
+    made = run.step(x, x[:, :5]).reconstruction
+    assert (made - wanted).square().sum() < 1e-3 * (wanted - run.sae.b_dec).square().sum()
+
+
 def features(seed: int, n: int = 64) -> torch.Tensor:
     """Sums of a few of 40 directions and some noise."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """One run of a sweep: its folder, what its run.json says, the SAE in training, and each of its steps."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from train.spans import LOG, MIX, span
 from train.step import TrainRun, learning_rate
 from train.tracking import OpenTracker, Tracker
 
+_log = logging.getLogger(__name__)
 LOG_EVERY = 100  # steps; short runs have a hundred lines
 
 
@@ -74,10 +76,26 @@ class Entry:
         remove_stale_partials(self.folder)
         restore_checkpoint(self.folder, self.run)
         self._first_step = self.run.n_done
+        self._note_kernel()
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._n_finite = torch.zeros((), dtype=torch.int64, device=device)
         if open_tracker is not None:
             self.tracker = open_tracker(self.folder, self.facts, self.run.n_done)
+
+    def _note_kernel(self) -> None:
+        """Say and write down that another kernel goes on than the one that trained so far."""
+        so_far, now = self.facts["kernel"], self.kernel.name
+        if so_far.split(", ")[-1] == now:
+            return
+        if self._first_step:
+            _log.warning(
+                "%s was trained with --kernel %s so far and goes on with %s: the same to rounding, not to the bit",
+                self.config.name,
+                so_far,
+                now,
+            )
+        self.facts["kernel"] = f"{so_far}, {now}" if self._first_step else now
+        write_facts(self.folder, self.facts)
 
     def step(self, batch: Batch, loader: MixedBatchLoader, checkpoint_every: int) -> None:
         """One step, with its log line and its checkpoint when they are due. Sets `failure` instead of going on."""

@@ -17,6 +17,8 @@ from train.loader import MixedBatchLoader
 from train.run_folder import TRAINING
 from train.scale import recipe_label
 
+_BEFORE_THERE_WAS_A_CHOICE = {"config": {"precision": "fp32"}}  # what runs did whose run.json does not say
+
 
 def run_facts(config: RunConfig, loader: MixedBatchLoader, kernel: Kernel) -> dict[str, Any]:
     """All of it, as JSON would give it back."""
@@ -75,7 +77,7 @@ def differing_facts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes two runs of one name different runs: "lr (0.001, now 0.0003)" each."""
     differences = []
     for part in ("config", "data"):
-        before, after = old.get(part) or {}, new[part]
+        before, after = {**_BEFORE_THERE_WAS_A_CHOICE.get(part, {}), **(old.get(part) or {})}, new[part]
         differences += [
             f"{key} ({before.get(key)}, now {after.get(key)})"
             for key in sorted(before.keys() | after.keys())

@@ -49,8 +49,8 @@ class SAELens:
 
 
 def build(job: Job, x: Tensor) -> SAELens:
-    if job.variant == "sparse" and (job.arch != "topk" or job.precision != "fp32"):
-        raise Unsuitable("SAELens has use_sparse_activations for topk in fp32 only")
+    if job.variant == "sparse" and job.arch != "topk":
+        raise Unsuitable("SAELens has use_sparse_activations for topk only")
     from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
     from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
 

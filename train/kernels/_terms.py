@@ -45,9 +45,10 @@ def auxiliary(run: TrainRun, dead: Tensor, centred: Tensor, residual: Tensor, co
         codes = torch.zeros_like(codes).scatter_(-1, latents, largest)
     error = torch.addmm(residual, codes, W_dec, alpha=-1)
     variance = (residual - residual.mean(0)).square().sum(-1).mean()
-    ratio = error.square().sum(-1).mean() / variance
+    varies = variance > 0
+    ratio = torch.where(varies, error.square().sum(-1).mean() / variance, 0.0)
     # where the ratio is no number the loss has 0 in its place, which has no gradient; infinity counts as a constant
-    slope = torch.where(ratio.isfinite(), -2.0 * coefficient / (len(residual) * variance), 0.0)
+    slope = torch.where(varies & ratio.isfinite(), -2.0 * coefficient / (len(residual) * variance), 0.0)
     pulled = error.mul_(slope)  # the gradient in the reconstruction
     of_codes = torch.where(codes > 0, pulled @ W_dec.t(), 0.0)
     return Auxiliary(

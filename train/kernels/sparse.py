@@ -109,6 +109,9 @@ class Sparse:
         with span(ENCODE):
             rows, weights, b_enc = centred, sae.W_enc.t(), sae.b_enc
             if self._run.config.precision == "bf16":
+                if not sae.subtract_b_dec:  # a mean that is large in a few dimensions would cost the codes their digits
+                    mean = rows.mean(0)
+                    rows, b_enc = rows - mean, b_enc + weights @ mean
                 rows, weights, b_enc = _rounded("rows", rows), _rounded("weights", weights), b_enc.bfloat16()
                 refine = partial(_exact, sae, centred)
             pre = scratch("pre", (len(rows), sae.d_sae), rows.dtype, rows.device)

@@ -9,7 +9,8 @@ from train.recipe import StepView
 def auxk(step: StepView) -> Tensor:
     """The squared error of the dead latents' best d_out / 2 (or aux_k) on the residual, over the residual's variance.
 
-    Only the dead latents are encoded again, so it costs what they weigh; 0 if there are none.
+    Only the dead latents are encoded again, so it costs what they weigh; 0 if there are none,
+    or if the residual is the same in all rows.
     """
     residual = (step.target - step.forward.reconstructions[-1]).detach()
     if step.dead is None:
@@ -21,4 +22,5 @@ def auxk(step: StepView) -> Tensor:
         codes = torch.zeros_like(codes).scatter(-1, latents, largest)
     error = (residual - codes @ step.sae.W_dec[step.dead]).square().sum(-1).mean()
     variance = (residual - residual.mean(0)).square().sum(-1).mean()
-    return torch.nan_to_num(error / variance)
+    varies = variance > 0  # not in a batch of one row: a division by 0 would make the gradient NaN
+    return torch.where(varies, torch.nan_to_num(error / torch.where(varies, variance, 1.0)), 0.0)
