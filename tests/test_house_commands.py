@@ -28,12 +28,15 @@ RUN = {  # all their commands are run, word for word, but for what the test itse
 PARSED = {  # and why they are not run
     "docs/evaluation.md": "needs runs on a hub model",
     "docs/features.md": "needs runs of the reader's, and a hub model",
+    "docs/formats.md": "needs runs of the reader's; tests/test_train_format_docs.py runs the same commands on its own",
     "docs/harvest.md": "needs hub models, and a cluster",
+    "docs/hub.md": "needs a hub repository; tests/test_train_push.py and tests/test_cache_hub.py use a stand-in",
     "docs/log.md": "measurements of minutes to hours",
     "docs/masking-grid.md": "360 SAEs",
     "docs/performance.md": "measurements, some beside other libraries and some on a GPU",
     "docs/probing.md": "needs runs on a hub model",
     "docs/recipes.md": "needs hub models and a GPU",
+    "docs/saebench.md": "needs runs of the reader's; tests/test_evaluate_saebench.py runs the command on its own",
 }
 OTHERS = ("cd", "git", "pip")  # programs that are not ours
 UsageError: Any = BadParameter.__base__  # typer hands on only the one that is below it
