@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,11 +21,11 @@ from cache_spec.errors import UserError
 
 WORKER = Path(__file__).parent / "peers" / "worker.py"
 LAST_WORDS = 20.0  # seconds that a worker gets to end by itself
-ENVIRONMENT = {
-    # Waiting threads sleep instead of spinning: else those who wait would slow down who is timed.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # glibc keeps freed tensors instead of handing them back page by page: the fastest of four settings tried, for
-    # us and for dictionary_learning, and more than train asks for by itself
+# Waiting threads sleep instead of spinning: else those who wait would slow down who is timed.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+# glibc keeps freed tensors instead of handing them back page by page. Training asks for that by itself; no peer does,
+# nor tells its users to.
+KEEPING = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
     "MALLOC_TOP_PAD_": str(1 << 26),
@@ -44,6 +44,8 @@ class Entrant:
     job: Job
     env: Path | None = None
     """A virtual environment's folder; None is the one that runs this."""
+    settings: Mapping[str, str] = field(default_factory=lambda: {**WAITING, **KEEPING})
+    """Environment variables."""
 
 
 @dataclass(kw_only=True)
@@ -145,7 +147,7 @@ def start(entrant: Entrant, n_threads: int | None = None) -> Worker:
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
-        env={**os.environ, **ENVIRONMENT, **threads},
+        env={**os.environ, **entrant.settings, **threads},
     )
     return Worker(entrant, process, errors)
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.contest import ENVIRONMENT, ContestantGone, Entrant, Result, Spread, compete, ratio, spread
+from benchmarks.contest import KEEPING, WAITING, ContestantGone, Entrant, Result, Spread, compete, ratio, spread
 from benchmarks.jobs import PRECISIONS, describe, machine, make_job, parse_kernels, parse_names
 from benchmarks.model import H200, Rates, bill_in_words, floor_seconds
 from benchmarks.peers.floors import N_COPIED
@@ -150,11 +150,11 @@ def one_table(entrants: list[Entrant], *, rounds: int, steps: int, n_threads: in
     return rows
 
 
-def print_foot(rows: list[dict[str, Any]], device: str, absent: list[str]) -> None:
+def print_foot(rows: list[dict[str, Any]], device: str, absent: list[str], settings: dict[str, str]) -> None:
     """Machine, date, versions, and each contestant's settings."""
     print(f"\nmachine   {machine(device)}")
     print(f"date      {date.today()}, Python {platform.python_version()}")
-    print(f"settings  {' '.join(f'{key}={value}' for key, value in ENVIRONMENT.items())}, for all")
+    print(f"settings  {' '.join(f'{key}={value}' for key, value in settings.items())}, for all")
     seen: dict[str, str] = {}
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
@@ -195,6 +195,9 @@ def main(
     sparsify: Annotated[Path | None, typer.Option(help="a virtual environment with eai-sparsify")] = None,
     saev: Annotated[Path | None, typer.Option(help="a checkout of it")] = None,
     saev_env: Annotated[Path | None, typer.Option(help="an environment with what it imports")] = None,
+    as_shipped: Annotated[
+        bool, typer.Option("--as-shipped", help="each with the allocator as its own users have it, not all with ours")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
 ) -> None:
     """Print one table of all contestants, shapes, architectures and precisions."""
@@ -211,16 +214,18 @@ def main(
     if dead and "jumprelu" in architectures:
         architectures.remove("jumprelu")
         print("left out: jumprelu, which has no AuxK")
+    settings = WAITING if as_shipped else {**WAITING, **KEEPING}
     print(head())
     rows: list[dict[str, Any]] = []
     for sizes, name, bits in product(shape or ["512,8192,32,2048"], architectures, precisions):
         job = make_job(name, sizes, bits, device, dead)
         entrants = [*floors(job), *ours(job, kernels), *peers(job, places)]
+        entrants = [replace(entrant, settings=settings) for entrant in entrants]
         rows += one_table(entrants, rounds=rounds, steps=steps, n_threads=threads)
     absent = [peer for peer, place in places.items() if place == NOWHERE]
-    print_foot(rows, device, absent)
+    print_foot(rows, device, absent, settings)
     if out is not None:
-        facts = {"machine": machine(device), "date": str(date.today()), "environment": ENVIRONMENT, "rows": rows}
+        facts = {"machine": machine(device), "date": str(date.today()), "environment": settings, "rows": rows}
         out.write_text(json.dumps(facts, indent=1))
 
 
