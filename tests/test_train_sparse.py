@@ -14,10 +14,9 @@ from train.activations import BatchTopK, JumpReLU, TopK
 from train.kernels import Job, select
 from train.kernels._choose import choose_batchtopk, choose_jumprelu, choose_topk
 from train.kernels._cost import saving
-from train.kernels._entries import by_latent, row_starts
+from train.kernels._entries import Entries, by_latent, row_starts
 from train.kernels._search import Groups, batch_bound, row_bounds
 from train.kernels._sums import dots, row_dots, weighted_sums
-from train.names import find
 from train.step import TrainRun, recipe_of
 
 D_MODEL, D_SAE, K = 13, 72, 4  # 72 makes groups of 8 and of 2
@@ -229,6 +228,12 @@ def test_auto_takes_the_faster_and_says_why_and_a_name_means_that_one_or_an_erro
         select("warp", "cpu")
 
 
+def written_out(entries: Entries, d_sae: int) -> torch.Tensor:
+    """The same codes as [batch, d_sae]."""
+    f = entries.value.new_zeros(len(entries.starts), d_sae)
+    return f.index_put_((entries.row, entries.latent), entries.value)
+
+
 TOP: tuple[tuple[Any, Any], ...] = ((TopK, choose_topk), (BatchTopK, choose_batchtopk))
 SIZES = st.sampled_from([1, 3, 8, 16, 48, 72, 96, 128, 256])
 
@@ -247,7 +252,7 @@ def test_the_codes_that_are_on_are_those_of_the_activations(n_rows, d_sae, k, se
         activation = kind(k)
         chosen = choose(activation, pre, None)
         expected, smallest = activation.train(pre, None)
-        found = chosen.entries.dense(d_sae)
+        found = written_out(chosen.entries, d_sae)
         if isinstance(activation, TopK):  # of a tie either may be on
             torch.testing.assert_close(found.sort(1).values, expected.sort(1).values)
             assert bool((found == torch.where(found > 0, pre, 0.0)).all())
@@ -265,7 +270,7 @@ def test_a_jumprelu_s_entries_are_all_that_is_on_or_in_a_window(n_rows, d_sae, s
     pre, bandwidth = values(n_rows, d_sae, seed), 0.3
     threshold = scale * values(1, d_sae, seed + 1).abs().squeeze(0)
     chosen = choose_jumprelu(JumpReLU(bandwidth=bandwidth), pre, threshold, None)
-    assert chosen.entries.dense(d_sae).equal(torch.where(pre > threshold, pre, 0.0))
+    assert written_out(chosen.entries, d_sae).equal(torch.where(pre > threshold, pre, 0.0))
     found = torch.zeros_like(pre, dtype=torch.bool)
     found[chosen.entries.row, chosen.entries.latent] = True
     wanted = (pre > threshold) | ((pre - threshold).abs() < bandwidth / 2)
@@ -306,13 +311,13 @@ def test_what_bfloat16_finds_is_what_float32_would():
 
     for kind, choose in TOP:
         found, expected = (choose(kind(16), pre, None), choose(kind(16), rounded, exact))
-        assert found.entries.dense(2048).equal(expected.entries.dense(2048))
+        assert written_out(found.entries, 2048).equal(written_out(expected.entries, 2048))
     threshold = torch.full((2048,), 2.0)
     found, expected = (
         choose_jumprelu(JumpReLU(), pre, threshold, None),
         choose_jumprelu(JumpReLU(), rounded, threshold, exact),
     )
-    assert found.entries.dense(2048).equal(expected.entries.dense(2048))
+    assert written_out(found.entries, 2048).equal(written_out(expected.entries, 2048))
 
 
 @given(n=st.integers(0, 40), n_sums=st.integers(1, 9), width=st.integers(1, 5), seed=st.integers(0, 99))
@@ -338,11 +343,3 @@ def test_segments_are_the_entries_by_latent_in_their_order(n, d_sae, seed):
     assert segments.order.equal(latent.argsort(stable=True))
     assert segments.counts.equal(torch.bincount(latent, minlength=d_sae))
     assert segments.starts.equal(torch.searchsorted(latent.sort().values, torch.arange(d_sae)))
-
-
-def test_every_kernel_has_the_same_doors():
-    for name in ("dense", "sparse"):
-        module = find("kernels", name)
-        assert module.unavailable("cpu") == ""
-        assert callable(module.engine)
-        assert callable(module.refusal)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from evaluate.commands._options import Cache, Device, Examples, Latents, Model, Run, Seed, Tokens
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -14,21 +16,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
     "variable NEURONPEDIA_API_KEY, and a source set made by your account."
 )
 def neuronpedia(
-    run: Annotated[Path, typer.Argument(help="One run's folder, that python -m train wrote.")],
+    run: Run,
     out: Annotated[Path, typer.Option(help="Folder to write: new, empty, or a former export, which it replaces.")],
-    latents: Annotated[
-        str, typer.Option(help="Which: all, 0-99, 3,7,20-29, or top, dead or random (100 of them; top:50 for 50).")
-    ] = "all",
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it was moved; default: the run's own.")] = None,
-    device: Annotated[str, typer.Option(help="Where the SAE runs: cpu, cuda, cuda:1, mps.")] = "cpu",
-    model: Annotated[str, typer.Option(help="The model, for the logit lens; default: none, and no lens.")] = "",
-    examples: Annotated[int, typer.Option(help="Top examples of each latent, each from another window.")] = 20,
-    tokens: Annotated[
-        int, typer.Option(help="Most rows to read: held-out ones first, then training rows.")
-    ] = 1_000_000,
+    latents: Latents = "all",
+    cache: Cache = None,
+    device: Device = "cpu",
+    model: Model = "",
+    examples: Examples = 20,
+    tokens: Tokens = 1_000_000,
     before: Annotated[int, typer.Option(help="Tokens of context before the one that the latent fires on.")] = 80,
     after: Annotated[int, typer.Option(help="Tokens of context after it.")] = 40,
-    seed: Annotated[int, typer.Option(help="Draws the quantile examples and --latents random.")] = 0,
+    seed: Seed = 0,
     model_id: Annotated[str, typer.Option(help="The model's name on Neuronpedia; default: from the cache.")] = "",
     source_set: Annotated[
         str, typer.Option("--set", help="The source set's name there, without the layer; default: the run's name.")

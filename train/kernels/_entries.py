@@ -19,11 +19,6 @@ class Entries:
     starts: Tensor
     """[batch] int64: where each row begins."""
 
-    def dense(self, d_sae: int) -> Tensor:
-        """The same codes as [batch, d_sae]."""
-        f = self.value.new_zeros(len(self.starts), d_sae)
-        return f.index_put_((self.row, self.latent), self.value)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segments:

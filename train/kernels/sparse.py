@@ -17,15 +17,14 @@ from train.kernels._choose import Chosen, choose_batchtopk, choose_jumprelu, cho
 from train.kernels._cost import max_density
 from train.kernels._decode import Decoded
 from train.kernels._entries import by_latent
+from train.kernels._fit import needs_whole_codes
 from train.kernels._scratch import scratch
 from train.kernels._sums import dots, weighted_sums
 from train.kernels._terms import Auxiliary, auxiliary, l0_term, threshold_gradient
 from train.kernels._update import Slices, Update, blocks
 from train.sae import SparseAutoencoder
 from train.spans import DEAD, DECODE, ENCODE, GRADIENTS, SELECT, UPDATE, WEIGHT_GRADIENTS, span
-from train.step import TrainRun, penalties_of
-
-_PENALTIES = {"auxk", "l0"}
+from train.step import TrainRun
 
 
 def unavailable(device: str) -> str:
@@ -35,15 +34,7 @@ def unavailable(device: str) -> str:
 
 def refusal(job: Job) -> str:
     """Why it cannot train a run, empty if it can."""
-    config, recipe = job.config, job.recipe
-    if not isinstance(recipe.activation, TopK | BatchTopK | JumpReLU) or recipe.gated:
-        return f"the codes of {config.arch} are not few"
-    if config.consistency:
-        return "--consistency compares whole codes"
-    for name, coefficient in penalties_of(config, recipe).items():
-        if coefficient and name not in _PENALTIES:
-            return f"the penalty {name} looks at whole codes"
-    return ""
+    return needs_whole_codes(job)
 
 
 def engine(run: TrainRun) -> Engine:

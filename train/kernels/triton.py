@@ -18,13 +18,13 @@ from train.activations import BatchTopK, JumpReLU, TopK
 from train.engine import Engine, Job, Outcome
 from train.kernels import dense
 from train.kernels._cost import max_density
+from train.kernels._fit import needs_whole_codes
 from train.kernels._triton_blocks import HALF, SINGLE, TINY, Found, Sizes, power_of_2
-from train.step import TrainRun, penalties_of
+from train.step import TrainRun
 
 if TYPE_CHECKING:
     from train.kernels._triton_work import Work
 
-_PENALTIES = {"auxk", "l0"}
 _ATTEMPTS = 4
 _LOOK = 8  # steps between two looks at how dense codes are, while steps are dense
 _SAMPLE = 128  # rows that the first bound is taken from
@@ -43,19 +43,9 @@ def unavailable(device: str) -> str:
 
 def refusal(job: Job) -> str:
     """Why it cannot train a run, empty if it can."""
-    config, recipe = job.config, job.recipe
-    if not isinstance(recipe.activation, TopK | BatchTopK | JumpReLU) or recipe.gated:
-        return f"the codes of {config.arch} are not few"
-    if config.consistency:
-        return "--consistency compares whole codes"
-    if config.skip:
+    if job.config.skip:
         return "--skip adds a path that it does not have"
-    if config.resample_every:
-        return "--resample-every looks at whole codes"
-    for name, coefficient in penalties_of(config, recipe).items():
-        if coefficient and name not in _PENALTIES:
-            return f"the penalty {name} looks at whole codes"
-    return ""
+    return needs_whole_codes(job)
 
 
 def engine(run: TrainRun) -> Engine:

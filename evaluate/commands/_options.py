@@ -1,0 +1,17 @@
+"""Options of the commands that show what latents fire on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Run = Annotated[Path, typer.Argument(help="One run's folder, that python -m train wrote.")]
+Latents = Annotated[
+    str, typer.Option(help="Which: all, 0-99, 3,7,20-29, or top, dead or random (100 of them; top:50 for 50).")
+]
+Cache = Annotated[Path | None, typer.Option(help="The cache, if it was moved; default: the run's own.")]
+Device = Annotated[str, typer.Option(help="Where the SAE runs: cpu, cuda, cuda:1, mps.")]
+Model = Annotated[str, typer.Option(help="The model, for the logit lens; default: none, and no lens.")]
+Examples = Annotated[int, typer.Option(help="Top examples of each latent, each from another window.")]
+Tokens = Annotated[int, typer.Option(help="Most rows to read: held-out ones first, then training rows.")]
+Seed = Annotated[int, typer.Option(help="Draws the quantile examples and --latents random.")]
