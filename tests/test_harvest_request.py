@@ -1,6 +1,7 @@
 """Options: each is checked before the model is loaded where it can be, and completed with the model's defaults."""
 
 import dataclasses
+import inspect
 
 import pytest
 from harvest_fixtures import make_tokenizer, options, save_model
@@ -162,8 +163,6 @@ def test_a_context_is_no_longer_than_a_cache_can_number_whatever_the_model_takes
 def test_every_option_that_decides_the_content_is_one_of_the_command():
     from harvest.__main__ import harvest
 
-    defaults = dict(
-        zip(reversed(harvest.__code__.co_varnames[:20]), reversed(harvest.__defaults__ or ()), strict=False)
-    )
+    parameters = inspect.signature(harvest).parameters
     for field in dataclasses.fields(Options):
-        assert defaults[field.name] == field.default, field.name
+        assert parameters[field.name].default == field.default, field.name
