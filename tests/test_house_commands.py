@@ -26,6 +26,7 @@ RUN = {  # all their commands are run, word for word, but for what the test itse
     "docs/shell.md": "test_house_shell.py",
 }
 PARSED = {  # and why they are not run
+    "docs/cluster.md": "needs a cluster",
     "docs/evaluation.md": "needs runs on a hub model",
     "docs/features.md": "needs runs of the reader's, and a hub model",
     "docs/formats.md": "needs runs of the reader's; tests/test_train_format_docs.py runs the same commands on its own",
