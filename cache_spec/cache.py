@@ -1,14 +1,16 @@
 """Reading a cache: open it, check that it is whole, hand out arrays. Nothing is decoded or copied on the way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from cache_spec.errors import CacheDamaged, CacheError, CacheIncomplete, UserError
-from cache_spec.files import crc32c
+from cache_spec.files import crc32c, read_json
+from cache_spec.folder import Files, Folder
 from cache_spec.hook_point import HookPoint
 from cache_spec.layout import (
     ACTIVATION,
@@ -18,6 +20,7 @@ from cache_spec.layout import (
     MOMENTS,
     activation_file,
     archive_level,
+    chunk_bytes,
     column_file,
     column_types,
     moment_file,
@@ -25,7 +28,7 @@ from cache_spec.layout import (
 )
 from cache_spec.moments import Moments, merge
 from cache_spec.plan import HookPlan, Plan, VariantPlan
-from cache_spec.state import check_documents, read_plan, read_records, read_root
+from cache_spec.state import check_documents, check_planner_files, read_plan, read_records, read_root
 from cache_spec.verify import activation_fault
 
 
@@ -34,6 +37,8 @@ class ActivationCache:
     """An opened cache. `shards` are those committed when it was opened; the files of each had their right sizes."""
 
     path: Path
+    """Its folder, or the one of its local copies."""
+    files: Files = field(repr=False)
     plan: Plan
     status: str
     shards: tuple[int, ...]
@@ -53,20 +58,37 @@ class ActivationCache:
         root = Path(path)
         plan = read_plan(root)
         attributes = read_root(root)
-        if attributes["cache_id"] != plan.cache_id:
-            raise CacheDamaged(f"{root / 'zarr.json'} belongs to cache {attributes['cache_id']}, not {plan.cache_id}")
         records = read_records(root, plan)
-        status = attributes["status"]
+        check_documents(lambda file: read_json(root / file), str(root), plan, attributes, records)
+        check_planner_files(root, plan)
+        return cls.of(root, Folder(root), plan, attributes, records, allow_partial=allow_partial, check=check)
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        files: Files,
+        plan: Plan,
+        attributes: Mapping[str, Any],
+        records: Mapping[int, Mapping[str, Any]],
+        *,
+        allow_partial: bool,
+        check: bool,
+    ) -> "ActivationCache":
+        """A cache of these facts, wherever they were read. Raises CacheDamaged and CacheIncomplete as `open` does."""
+        place, status = files.place, attributes["status"]
+        if attributes["cache_id"] != plan.cache_id:
+            raise CacheDamaged(f"{place}/zarr.json belongs to cache {attributes['cache_id']}, not {plan.cache_id}")
         if status == COMPLETE and len(records) < plan.n_shards:
             lost = next(shard for shard in range(plan.n_shards) if shard not in records)
             raise CacheDamaged(
-                f"{root} was complete and has lost {record_file(lost)}; run the same harvest to make the shard again"
+                f"{place} was complete and has lost {record_file(lost)}; run the same harvest to make the shard again"
             )
-        check_documents(root, plan, attributes, records)
         if status != COMPLETE and not allow_partial:
-            raise CacheIncomplete(_incomplete(root, status, len(records), plan.n_shards))
+            raise CacheIncomplete(_incomplete(place, status, len(records), plan.n_shards))
         return cls(
-            path=root,
+            path=path,
+            files=files,
             plan=plan,
             status=status,
             shards=tuple(records),
@@ -74,6 +96,11 @@ class ActivationCache:
             records=records,
             check=check,
         )
+
+    @property
+    def place(self) -> str:
+        """What to call it: its folder or URL."""
+        return self.files.place
 
     @property
     def train_shards(self) -> tuple[int, ...]:
@@ -99,11 +126,11 @@ class ActivationCache:
         try:
             name = HookPoint.parse(text).group
         except UserError as error:
-            raise CacheError(f"{error}; {self.path} holds {self._hook_names()}") from None
+            raise CacheError(f"{error}; {self.place} holds {self._hook_names()}") from None
         for hook in self.plan.hooks:
             if hook.name == name:
                 return hook
-        raise CacheError(f"{self.path} holds {self._hook_names()}, not {text}; harvest another cache with it")
+        raise CacheError(f"{self.place} holds {self._hook_names()}, not {text}; harvest another cache with it")
 
     def _hook_names(self) -> str:
         return ", ".join(hook.name for hook in self.plan.hooks)
@@ -113,7 +140,7 @@ class ActivationCache:
         for variant in self.plan.variants:
             if variant.name == name:
                 return variant
-        raise CacheError(f"{self.path} holds the variants {', '.join(v.name for v in self.plan.variants)}, not {name}")
+        raise CacheError(f"{self.place} holds the variants {', '.join(v.name for v in self.plan.variants)}, not {name}")
 
     def activations(self, hook_name: str, variant: str, shard: int) -> np.memmap:
         """One shard as it lies on the disk: fp16 [rows, d_model], read-only; true value = stored x scale_factor.
@@ -122,29 +149,44 @@ class ActivationCache:
         recorded checksums; that also brings it into the system's page cache. Later uses, and all uses of a cache
         opened with `check=False`, only map it. Raises CacheDamaged for a file that was changed.
         """
+        with self.open_activations(hook_name, variant, shard) as opened:
+            shape = (self.plan.rows_in(shard), self.hook(hook_name).d_model)
+            return np.memmap(opened, dtype=ACTIVATION, mode="r", shape=shape)
+
+    def open_activations(self, hook_name: str, variant: str, shard: int) -> BinaryIO:
+        """The file that `activations` maps, checked as it says; it starts with the rows, one after the other."""
         hook = self.hook(hook_name)
         file = activation_file(hook.name, self.variant(variant).name, self._committed(shard))
-        if self.is_archive:
-            raise CacheError(
-                f"{self.path} is a compressed archive; make a cache to work with of it: "
-                f"`python -m cache_spec transcode {self.path} NEW_FOLDER`"
-            )
-        if self.check and file not in self._checked:
-            self._check_activations(file, hook, shard)
-            self._checked.add(file)  # two threads at once check twice, which is harmless
-        shape = (self.plan.rows_in(shard), hook.d_model)
-        return np.memmap(self.path / file, dtype=ACTIVATION, mode="r", shape=shape)
+        self._refuse_archive()
+        sums = self.records[shard]["files"][file]["crc32c"]
+        return self._opened(file, shard, lambda: activation_fault(self.path / file, self.plan, hook, shard, sums))
+
+    def chunk(self, hook_name: str, variant: str, shard: int, number: int) -> np.ndarray:
+        """An inner chunk of a shard [chunk_rows, d_model] without the rest of the file, checked like `activations`."""
+        hook = self.hook(hook_name)
+        file = activation_file(hook.name, self.variant(variant).name, self._committed(shard))
+        self._refuse_archive()
+        n_bytes = chunk_bytes(self.plan, hook)
+        while True:
+            with self._missing_as_damage(file, shard):
+                data = self.files.read(file, number * n_bytes, n_bytes)
+            whole = len(data) == n_bytes
+            if whole and self.check:
+                whole = f"{crc32c(data):08x}" == self.records[shard]["files"][file]["crc32c"][number]
+            if whole:
+                return np.frombuffer(data, ACTIVATION).reshape(self.plan.chunk_rows, hook.d_model)
+            if not self.files.renew(file):
+                first = shard * self.plan.shard_rows + number * self.plan.chunk_rows
+                last = first + self.plan.chunk_rows - 1
+                raise self._damaged(file, f"fails its checksum in rows {first} to {last}", shard)
 
     def column(self, name: str, shard: int) -> np.ndarray:
         """One shard of a column [rows]. Raises CacheDamaged if its checksum is not the recorded one."""
         types = column_types(self.plan)
         if name not in types:
-            raise CacheError(f"{self.path} holds the columns {', '.join(types)}, not {name}")
+            raise CacheError(f"{self.place} holds the columns {', '.join(types)}, not {name}")
         file = column_file(name, self._committed(shard))
-        padded = np.fromfile(self.path / file, types[name], count=self.plan.shard_rows)
-        if [f"{crc32c(padded):08x}"] != self.records[shard]["files"][file]["crc32c"]:
-            raise CacheDamaged(f"{self.path / file} does not match its recorded checksum; {self._remedy(shard)}")
-        return padded[: self.plan.rows_in(shard)]
+        return self._values(file, types[name], self.plan.shard_rows, shard)[: self.plan.rows_in(shard)]
 
     def moments(self, hook_name: str, variant: str, shards: Sequence[int] | None = None) -> Moments:
         """Mean and m2 of the ordinary rows (no BOS, other special token or padding), as they are in the model.
@@ -154,21 +196,21 @@ class ActivationCache:
         """
         hook, name = self.hook(hook_name), self.variant(variant).name
         if not self.plan.has_moments:
-            raise CacheError(f"{self.path} is of format 1.0, which has no moments; harvest it again")
+            raise CacheError(f"{self.place} is of format 1.0, which has no moments; harvest it again")
+        chosen = self.shards if shards is None else shards
+        files = {
+            (shard, moment): moment_file(hook.name, name, moment, self._committed(shard))
+            for shard in chosen
+            for moment in MOMENTS
+        }
+        self.files.gather(list(files.values()))
         parts = []
-        for shard in self.shards if shards is None else shards:
-            mean, m2 = (self._moment(hook, name, moment, self._committed(shard)) for moment in MOMENTS)
+        for shard in chosen:
+            mean, m2 = (self._values(files[shard, moment], MOMENT, hook.d_model, shard) for moment in MOMENTS)
             parts.append(Moments(n=self.records[shard]["moment_rows"], mean=mean, m2=m2))
         stored = merge(parts, hook.d_model)
         scale = hook.scale_factor
         return Moments(n=stored.n, mean=stored.mean * scale, m2=stored.m2 * scale**2)
-
-    def _moment(self, hook: HookPlan, variant: str, moment: str, shard: int) -> np.ndarray:
-        file = moment_file(hook.name, variant, moment, shard)
-        values = np.fromfile(self.path / file, MOMENT, count=hook.d_model)
-        if [f"{crc32c(values):08x}"] != self.records[shard]["files"][file]["crc32c"]:
-            raise CacheDamaged(f"{self.path / file} does not match its recorded checksum; {self._remedy(shard)}")
-        return values
 
     def read(self, hook_name: str, variant: str, rows: np.ndarray) -> np.ndarray:
         """Copy global rows, in any order and with repeats: [n] -> fp16 [n, d_model]."""
@@ -185,23 +227,58 @@ class ActivationCache:
             out[chosen] = self.activations(hook_name, variant, shard)[inside[chosen]]
         return out
 
-    def _check_activations(self, file: str, hook: HookPlan, shard: int) -> None:
-        sums = self.records[shard]["files"][file]["crc32c"]
-        if fault := activation_fault(self.path / file, self.plan, hook, shard, sums):
-            raise CacheDamaged(f"{self.path / file} {fault}; {self._remedy(shard)}")
+    def _refuse_archive(self) -> None:
+        if self.is_archive:
+            raise CacheError(
+                f"{self.place} is a compressed archive; make a cache to work with of it: "
+                f"`python -m cache_spec transcode {self.place} NEW_FOLDER`"
+            )
+
+    def _values(self, file: str, dtype: np.dtype, n: int, shard: int) -> np.ndarray:
+        """The n values of a file of one chunk, compared with its checksum."""
+        while True:
+            with self._missing_as_damage(file, shard), self.files.open(file) as opened:
+                values = np.fromfile(opened, dtype, count=n)
+            if [f"{crc32c(values):08x}"] == self.records[shard]["files"][file]["crc32c"]:
+                return values
+            if not self.files.renew(file):
+                raise self._damaged(file, "does not match its recorded checksum", shard)
+
+    def _opened(self, file: str, shard: int, fault: Callable[[], str]) -> BinaryIO:
+        """A file that was looked at once; while it is open nobody takes it away."""
+        while True:
+            with self._missing_as_damage(file, shard):
+                opened = self.files.open(file)
+            what = fault() if self.check and file not in self._checked else ""
+            if not what:
+                self._checked.add(file)  # two threads at once check twice, which is harmless
+                return opened
+            opened.close()
+            if not self.files.renew(file):
+                raise self._damaged(file, what, shard)
+
+    @contextmanager
+    def _missing_as_damage(self, file: str, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise self._damaged(file, "is missing", shard) from None
+
+    def _damaged(self, file: str, what: str, shard: int) -> CacheDamaged:
+        return CacheDamaged(f"{self.place}/{file} {what}; {self._remedy(shard)}")
 
     def _remedy(self, shard: int) -> str:
-        return f"delete {self.path / record_file(shard)} and run the same harvest to make the shard again"
+        return f"delete {self.place}/{record_file(shard)} and run the same harvest to make the shard again"
 
     def _committed(self, shard: int) -> int:
         if shard not in self.records:
-            raise CacheError(f"{self.path} has no shard {shard}; {len(self.shards)} of {self.plan.n_shards} are there")
+            raise CacheError(f"{self.place} has no shard {shard}; {len(self.shards)} of {self.plan.n_shards} are there")
         return shard
 
 
-def _incomplete(root: Path, status: str, n_there: int, n_shards: int) -> str:
+def _incomplete(place: str, status: str, n_there: int, n_shards: int) -> str:
     why = "is not finished" if status == HARVESTING else "was closed early"
     return (
-        f"{root} {why}: {n_there} of {n_shards} shards are there; run the same harvest again to finish it "
+        f"{place} {why}: {n_there} of {n_shards} shards are there; run the same harvest again to finish it "
         "(or open it with allow_partial to read what is there)"
     )

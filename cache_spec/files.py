@@ -44,7 +44,7 @@ def seal(facts: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "crc32c": f"{crc32c(canonical_json(facts)):08x}"}
 
 
-def check_seal(sealed: Any, path: Path) -> dict[str, Any]:
+def check_seal(sealed: Any, path: Path | str) -> dict[str, Any]:
     """The facts without their checksum; raises CacheDamaged if they do not match it."""
     facts = {key: value for key, value in sealed.items() if key != "crc32c"} if isinstance(sealed, dict) else {}
     if not facts or sealed != seal(facts):
@@ -55,14 +55,19 @@ def check_seal(sealed: Any, path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """Parsed JSON; raises CacheDamaged if the file is missing, cut short or mangled, or holds NaN or infinity."""
     try:
-        data = path.read_bytes()
+        return parse_json(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise CacheDamaged(f"{path} is missing") from None
+
+
+def parse_json(data: bytes, where: Path | str) -> Any:
+    """The same of what was read from `where`."""
+    try:
         if not data.endswith(b"\n"):  # the only byte whose loss JSON would not notice
             raise ValueError("its end is missing")
         return json.loads(data, parse_constant=_finite, parse_float=_finite)
-    except FileNotFoundError:
-        raise CacheDamaged(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:
-        raise CacheDamaged(f"{path} is not JSON ({error}); it was changed after it was written") from None
+        raise CacheDamaged(f"{where} is not JSON ({error}); it was changed after it was written") from None
 
 
 def _finite(text: str) -> float:
@@ -86,6 +91,19 @@ class Partial:
         with _naming(self.final):
             while left:
                 left = left[os.write(self._fd, left) :]
+
+    def grow(self, n_bytes: int) -> None:
+        """Give the file its size before its content, which `write_at` brings in any order."""
+        with _naming(self.final):
+            os.ftruncate(self._fd, n_bytes)
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Put data where it belongs; for any number of threads."""
+        left = memoryview(data)
+        with _naming(self.final):
+            while left:
+                n_written = os.pwrite(self._fd, left, offset)
+                left, offset = left[n_written:], offset + n_written
 
     def sync(self) -> None:
         """Return when the content is on the disk."""

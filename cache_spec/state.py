@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -60,8 +61,11 @@ def is_ours(root: Path) -> bool:
 
 def read_root(root: Path) -> dict[str, Any]:
     """The cache's attributes: spec_version, cache_id, status, plan, versions; of an archive also profile and level."""
-    path = root / ROOT
-    document = read_json(path)
+    return check_root(read_json(root / ROOT), root / ROOT)
+
+
+def check_root(document: Any, path: Path | str) -> dict[str, Any]:
+    """The same of the root's document, which was read from `path`."""
     attributes = document.get("attributes") if isinstance(document, dict) else None
     granary = attributes.get("granary") if isinstance(attributes, dict) else None
     if not isinstance(granary, dict):
@@ -103,8 +107,11 @@ def stored_bytes(plan: Plan, shard: int, record: dict[str, Any]) -> dict[str, in
 
 def parse_record(root: Path, plan: Plan, shard: int) -> dict[str, Any]:
     """The commit record of a shard that has one, without a look at the files it names."""
-    path = root / record_file(shard)
-    raw = read_json(path)
+    return check_record(read_json(root / record_file(shard)), plan, shard, root / record_file(shard))
+
+
+def check_record(raw: Any, plan: Plan, shard: int, path: Path | str) -> dict[str, Any]:
+    """The same of a record's JSON, which was read from `path`."""
     if isinstance(raw, dict) and "spec_version" in raw:
         check_version(raw["spec_version"], str(path))
     record = check_seal(raw, path)
@@ -113,7 +120,7 @@ def parse_record(root: Path, plan: Plan, shard: int) -> dict[str, Any]:
     return record
 
 
-def _repair(record: Path) -> str:
+def _repair(record: Path | str) -> str:
     return f"to make the shard again delete {record} and run the same harvest"
 
 
@@ -175,20 +182,26 @@ def committed_shards(path: str | Path, plan: Plan) -> tuple[int, ...]:
     return tuple(read_records(Path(path), plan))
 
 
-def check_documents(root: Path, plan: Plan, granary: dict[str, Any], records: dict[int, dict[str, Any]]) -> None:
+def check_documents(
+    read: Callable[[str], Any], place: str, plan: Plan, granary: dict[str, Any], records: Mapping[int, dict[str, Any]]
+) -> None:
     """Raises CacheDamaged if a small file of the cache is missing, cut short, or not what the plan and root say.
 
-    The planner's arrays, which are large, are only looked at for their size.
+    `read` gives the JSON of a file of the cache at `place`, or raises CacheDamaged.
     """
     level = archive_level(granary)
     for name, document in zarr_documents(plan, level).items():
-        if read_json(root / name / ROOT) != document:
-            raise CacheDamaged(f"{root / name / ROOT} does not describe what the plan says; it was changed")
+        if read(f"{name}/{ROOT}") != document:
+            raise CacheDamaged(f"{place}/{name}/{ROOT} does not describe what the plan says; it was changed")
     for shard, record in records.items():
         if (ARCHIVE in record) != bool(level):
-            raise CacheDamaged(f"{root / record_file(shard)} is of another profile than {root / ROOT}")
+            raise CacheDamaged(f"{place}/{record_file(shard)} is of another profile than {place}/{ROOT}")
     if granary["status"] != HARVESTING:
-        check_seal(read_json(root / MANIFEST), root / MANIFEST)
+        check_seal(read(MANIFEST), f"{place}/{MANIFEST}")
+
+
+def check_planner_files(root: Path, plan: Plan) -> None:
+    """Raises CacheDamaged if one of the planner's arrays, which are large, has not the size that it says."""
     for file in planner_files(plan):
         try:
             np.load(root / file, mmap_mode="r", allow_pickle=False)

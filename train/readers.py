@@ -15,15 +15,14 @@ import os
 import re
 import weakref
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from cache_spec.cache import ActivationCache
 from cache_spec.errors import CacheDamaged, UserError
-from cache_spec.files import crc32c
 from cache_spec.info import bytes_for_people
-from cache_spec.layout import ACTIVATION, activation_file, chunk_bytes
+from cache_spec.layout import ACTIVATION
 from train.recent import Recent
 
 IO = ("auto", "mmap", "pread")
@@ -108,9 +107,11 @@ class MappedReader:
         self.read(file, rows, out)
 
     def _open(self, file: File) -> "_Map":
-        checked = self._cache.activations(*file)
-        with (self._cache.path / activation_file(*file)).open("rb") as opened:
-            return _Map(mmap.mmap(opened.fileno(), checked.nbytes, access=mmap.ACCESS_READ), checked.shape)
+        hook, _, shard = file
+        shape = (self._cache.rows_in(shard), self._cache.hook(hook).d_model)
+        n_bytes = shape[0] * shape[1] * ACTIVATION.itemsize
+        with self._cache.open_activations(*file) as opened:
+            return _Map(mmap.mmap(opened.fileno(), n_bytes, access=mmap.ACCESS_READ), shape)
 
 
 class _Map:
@@ -137,41 +138,29 @@ class PositionedReader:
         _scatter(self._files.get(file, self._open), rows, out)
 
     def read_sample(self, file: File, rows: np.ndarray, out: np.ndarray) -> None:
-        """As Reader says, after a look at the checksums of the chunks that hold the rows."""
-        opened = _File(self._cache.path / activation_file(*file))
-        if self._cache.check:
-            self._check_chunks(opened, file, np.unique(rows // self._cache.plan.chunk_rows).tolist())
-        _scatter(opened, rows, out)
+        """As Reader says, of the chunks that hold the rows and no others."""
+        numbers = rows // self._cache.plan.chunk_rows
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            out[chosen] = self._cache.chunk(*file, number)[rows[chosen] - number * self._cache.plan.chunk_rows]
 
     def _open(self, file: File) -> "_File":
-        self._cache.activations(*file)  # checks it; the mapping is never touched
-        return _File(self._cache.path / activation_file(*file))
-
-    def _check_chunks(self, opened: "_File", file: File, chunks: list[int]) -> None:
-        hook, _, shard = file
-        sums = self._cache.records[shard]["files"][activation_file(*file)]["crc32c"]
-        data = np.empty(chunk_bytes(self._cache.plan, self._cache.hook(hook)), np.uint8)
-        for chunk in chunks:
-            opened.read([data.data], chunk * data.nbytes)
-            if f"{crc32c(data):08x}" != sums[chunk]:
-                self._cache.activations(*file)  # says what is wrong and what to do
-                raise CacheDamaged(f"{opened.path} changes while it is read; is something writing to it?")
+        return _File(self._cache.open_activations(*file))
 
 
 class _File:
     """A file that is closed when nobody uses it any more, even if the store has long forgotten it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._fd)
+    def __init__(self, opened: BinaryIO) -> None:
+        self._name, self._fd = opened.name, opened.fileno()
+        weakref.finalize(self, opened.close)
 
     def read(self, buffers: list[memoryview], offset: int) -> None:
         """Fill the buffers from `offset` on. Raises CacheDamaged if the file ends before."""
         while buffers:
             n = os.preadv(self._fd, buffers[:_VECTOR], offset)
             if not n:
-                raise CacheDamaged(f"{self.path} became shorter while it was read; is something writing to it?")
+                raise CacheDamaged(f"{self._name} became shorter while it was read; is something writing to it?")
             offset += n
             while buffers and n >= len(buffers[0]):
                 n -= len(buffers.pop(0))
