@@ -39,3 +39,15 @@ class DiskFull(UserError):
     """The disk filled up. What was committed stays; the same command goes on from there."""
 
     exit_code = 1
+
+
+class StoreError(UserError):
+    """An object store said no, or did not answer. What has arrived there or here stays."""
+
+    exit_code = 1
+
+
+class ObjectMissing(CacheError, FileNotFoundError):
+    """An object store has nothing under the key."""
+
+    exit_code = 1

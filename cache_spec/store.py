@@ -1,0 +1,285 @@
+"""Object stores: read, list and put whole objects below a URL, and a store's refusals as one sentence each.
+
+Only this module knows obstore, which is imported when a URL is used: a cache in a folder needs none. Credentials and
+the address of a store of one's own come from the environment alone (docs/stores.md); none of them passes through here
+or into a message. A `Store` may be shared by threads, never with a forked process: open it where it is used.
+"""
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from cache_spec.errors import ObjectMissing, StoreError, UserError
+
+SCHEMES = ("s3", "gs", "az", "file")
+_SETTINGS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "file": ""}  # what the variables of each begin with
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_PART_BYTES, _MOST_PARTS, _PARTS_AT_ONCE = 8 * 2**20, 9000, 4
+_METADATA_HOSTS = ("169.254.169.254", "metadata.google.internal")  # where a machine of the cloud asks who it is
+_AGAIN = "run the same command again, it goes on from what has arrived"
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How often a request is made again, and how long it is waited for."""
+
+    n_tries: int = 6
+    first_wait: float = 0.2  # seconds before the second try; doubles, with a little chance so that many do not march
+    longest_wait: float = 10.0
+    stall_seconds: float = 60.0  # without a byte
+    request_seconds: float = 300.0  # for one request in all, however slowly its bytes come
+
+
+def is_url(text: str) -> bool:
+    """Whether a --cache or --out is the URL of a store rather than a folder."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def open_store(url: str, patience: Patience = Patience()) -> "Store":
+    """The store at s3://bucket/key, gs://bucket/key, az://container/key or file:///folder. Nothing is asked of it yet.
+
+    Raises UserError for a URL that is none of these, StoreError if the environment's settings cannot be used.
+    """
+    url = check_url(url)
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import LocalStore, from_url
+    except ImportError as error:
+        raise UserError(f"{url} needs the package obstore, which is not installed; `pip install obstore`") from error
+    if url.startswith("file://"):
+        folder = Path(unquote(urlsplit(url).path))
+        local = LocalStore(folder, mkdir=True) if folder.is_dir() or not folder.exists() else None
+        if local is None:
+            raise UserError(f"{url} is a file; give the URL of a folder")
+        return Store(url, local, local, patience)
+    address: Any = url  # its overloads want the scheme as a type
+    client: Any = {
+        "timeout": timedelta(seconds=patience.request_seconds),
+        "read_timeout": timedelta(seconds=patience.stall_seconds),
+        "connect_timeout": timedelta(seconds=min(10.0, patience.stall_seconds)),
+    }
+    if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
+        client["allow_http"] = True  # whoever gives an address without TLS means it
+    backoff = {
+        "init_backoff": timedelta(seconds=patience.first_wait),
+        "max_backoff": timedelta(seconds=patience.longest_wait),
+    }
+    never: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=patience.request_seconds)}
+    often: Any = {**never, "max_retries": patience.n_tries - 1, "backoff": backoff}
+    try:
+        once, patient = (from_url(address, client_options=client, retry_config=retry) for retry in (never, often))
+    except (BaseError, ValueError) as error:
+        raise StoreError(f"{url} cannot be opened: {_reason(error)}; {_look(url)}") from error
+    return Store(url, once, patient, patience)
+
+
+def check_url(url: str) -> str:
+    """The URL without a slash at its end. Raises UserError if it names no place in a store."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise UserError(f"{url!r:.200} is no URL; give s3://bucket/key") from None
+    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    if parts.scheme not in SCHEMES:
+        raise UserError(f"{parts.scheme}:// is no store that granary knows; give a URL that begins with one of {known}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            f"a URL of a store is {parts.scheme}://bucket/key, with no '@', '?' or '#'; keys and tokens belong into "
+            f"the environment ({_SETTINGS[parts.scheme]}...)"
+        )
+    keys = parts.path.strip("/").split("/")
+    wanted = "file:///folder" if parts.scheme == "file" else f"{parts.scheme}://bucket/key"
+    if bool(parts.netloc) == (parts.scheme == "file") or any(key in ("", ".", "..") for key in keys):
+        raise UserError(f"{url!r:.200} names no place in a store; give {wanted}")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+class Store:
+    """The objects below a URL, by keys such as `layer_12/clean/c/0/0`. Requests that fail are made again, for a while.
+
+    Raises ObjectMissing for a key that is not there, StoreError for a refusal or when the patience is at its end.
+    """
+
+    def __init__(self, url: str, once: Any, often: Any, patience: Patience) -> None:
+        self.url = url
+        self._once, self._often, self._patience = once, often, patience
+
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+        import obstore
+
+        def get() -> bytes:
+            found = obstore.get(self._once, key)
+            return _whole(bytes(found.bytes()), found.meta["size"])
+
+        return self._ask(key, get)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on, all of which must be there."""
+        import obstore
+
+        if not length:
+            return b""
+        return self._ask(
+            key, lambda: _whole(bytes(obstore.get_range(self._once, key, start=start, length=length)), length)
+        )
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object; None if it is not there."""
+        import obstore
+
+        try:
+            return self._ask(key, lambda: obstore.head(self._once, key)["size"])
+        except ObjectMissing:
+            return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object, in one step."""
+        import obstore
+
+        self._ask(key, lambda: obstore.put(self._once, key, data, use_multipart=False), writing=True)
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Write or replace an object with a file's content, in parts if it is large; it appears whole or not at all."""
+        import obstore
+
+        n_bytes = path.stat().st_size
+        part = max(_PART_BYTES, -(-n_bytes // _MOST_PARTS))
+
+        def send() -> None:
+            obstore.put(self._often, key, path, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
+
+        self._ask(key, send, writing=True)  # besides, each part is tried often by itself
+        if (found := self.size(key)) != n_bytes:
+            raise StoreError(f"{self.url}/{key} has {found} bytes after {n_bytes:,} were sent; {_AGAIN}")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one; says whether it did. Of two writers one succeeds."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        n_tries = 0
+
+        def send() -> bool:
+            nonlocal n_tries
+            n_tries += 1
+            try:
+                obstore.put(self._once, key, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                # An earlier try may have arrived though its answer did not.
+                return n_tries > 1 and self.read(key) == data
+            return True
+
+        return self._ask(key, send, writing=True)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        import obstore
+
+        try:
+            self._ask(key, lambda: obstore.delete(self._once, key))
+        except ObjectMissing:
+            return
+
+    def list(self, prefix: str = "") -> list[str]:
+        """The keys below a folder (of all objects, if it is empty), in order."""
+        import obstore
+
+        def listed() -> list[str]:
+            batches = obstore.list(self._once, prefix or None)
+            return sorted(entry["path"] for batch in batches for entry in batch)
+
+        try:
+            return self._ask(prefix, listed)
+        except ObjectMissing:  # a folder that was never made
+            return []
+
+    def _ask(self, key: str, request: Callable[[], Answer], *, writing: bool = False) -> Answer:
+        """Make a request until it is answered or refused, or the tries are used up."""
+        from obstore.exceptions import BaseError
+
+        _check_key(key)
+        place = f"{self.url}/{key}" if key else self.url
+        wait, start = self._patience.first_wait, time.monotonic()
+        for n_tries in range(1, self._patience.n_tries + 1):
+            try:
+                return request()
+            except FileNotFoundError as error:
+                if writing:
+                    raise StoreError(
+                        f"{self.url} cannot be written: there is no such bucket; {_look(place)}"
+                    ) from error
+                raise ObjectMissing(f"{place} is not there; check the URL, or make it again") from error
+            except (_ShortBody, BaseError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of our own disk
+                if refusal := _refusal(place, error):
+                    raise StoreError(refusal) from error
+                seconds = time.monotonic() - start
+                if n_tries == self._patience.n_tries or seconds > 2 * self._patience.request_seconds:
+                    tries = f"{n_tries} tries in {seconds:,.0f} s"
+                    raise StoreError(f"{place} did not come through ({_reason(error)}; {tries}); {_AGAIN}") from error
+            time.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(2 * wait, self._patience.longest_wait)
+        raise AssertionError("there is at least one try")
+
+
+class _ShortBody(Exception):
+    """An answer with fewer bytes than it promised."""
+
+
+def _whole(data: bytes, n_bytes: int) -> bytes:
+    if len(data) != n_bytes:
+        raise _ShortBody(f"{len(data):,} of {n_bytes:,} bytes came")
+    return data
+
+
+def _check_key(key: str) -> None:
+    if key and any(part in ("", ".", "..") for part in key.split("/")):
+        raise StoreError(f"{key!r:.200} is no key of a store; its parts may not be empty, '.' or '..'")
+
+
+def _refusal(place: str, error: Exception) -> str:
+    """The sentence for what another try would not change; empty for the rest."""
+    kind, text = type(error).__name__, str(error)
+    status = int(_status(text).partition(" ")[0] or 0)
+    if any(host in text for host in _METADATA_HOSTS):
+        return f"there are no credentials for {place}; {_look(place)}"
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
+        return f"the store refuses {place} ({_reason(error)}); {_look(place)}"
+    if "redirect" in text.lower() or status in (301, 307):
+        return f"{place} is in another region than the requests name; {_look(place)}"
+    if kind in ("InvalidPathError", "NotSupportedError") or (400 <= status < 500 and status not in (408, 409, 429)):
+        return f"the store does not take the request for {place} ({_reason(error)}); {_look(place)}"
+    return ""
+
+
+def _look(place: str) -> str:
+    scheme = place.partition(":")[0]
+    if not _SETTINGS[scheme]:
+        return "check the folder and your rights to it"
+    return f"check the URL and the environment's {_SETTINGS[scheme]}... variables (docs/stores.md)"
+
+
+def _status(text: str) -> str:
+    match = re.search(r"status code: (\d{3}[A-Za-z ]*)", text)
+    return match[1].strip() if match else ""
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a few words. The library's own text has headers and addresses, which may hold a signature."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, _ShortBody):
+        return text
+    if status := _status(text):
+        return status
+    match = re.search(r"HTTP error: ([A-Za-z ]+)", text)
+    return match[1].strip() if match else type(error).__name__

@@ -1,0 +1,169 @@
+"""Object stores: what was put is read, what fails is tried again, what is refused is one sentence."""
+
+import re
+import threading
+
+import pytest
+
+from cache_spec.errors import ObjectMissing, StoreError, UserError
+from cache_spec.store import is_url, open_store
+from tests.store_fixtures import IMPATIENT, Proxy, credentials, proxy, store_server, store_url  # noqa: F401
+
+
+@pytest.fixture(params=["s3", "file"])
+def store(request, tmp_path):
+    """The same interface over a server and over a folder."""
+    url = request.getfixturevalue("store_url") if request.param == "s3" else f"file://{tmp_path}/a folder"
+    return open_store(url, IMPATIENT)
+
+
+def test_what_was_put_is_read(store, tmp_path):
+    store.put("rows/token/c/0", b"0123456789")
+    (tmp_path / "large").write_bytes(b"x" * 100_000)
+    store.put_file("layer_0/clean/c/0/0", tmp_path / "large")
+    assert store.read("rows/token/c/0") == b"0123456789"
+    assert store.read_range("rows/token/c/0", 3, 4) == b"3456"
+    assert store.read_range("rows/token/c/0", 3, 0) == b""
+    assert (store.size("layer_0/clean/c/0/0"), store.size("layer_0")) == (100_000, None)
+    assert store.list() == ["layer_0/clean/c/0/0", "rows/token/c/0"]
+    assert store.list("rows") == ["rows/token/c/0"]
+    assert store.list("row") == store.list("elsewhere") == []
+    store.put("rows/token/c/0", b"new")
+    assert store.read("rows/token/c/0") == b"new"
+    store.delete("rows/token/c/0")
+    store.delete("rows/token/c/0")
+    assert store.size("rows/token/c/0") is None
+
+
+def test_of_several_creators_one_succeeds(store):
+    wrote = {}
+    threads = [
+        threading.Thread(target=lambda i=i: wrote.update({i: store.create("_granary/plan.json", b"by %d" % i)}))
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = (i for i, won in wrote.items() if won)
+    assert len(wrote) == 8
+    assert store.read("_granary/plan.json") == b"by %d" % winner
+    assert not store.create("_granary/plan.json", b"by %d" % winner), "it is there, whoever asks"
+
+
+def test_what_is_missing_and_what_is_too_short_is_named(store):
+    store.put("a/b", b"0123456789")
+    with pytest.raises(ObjectMissing, match=re.escape(f"{store.url}/a/c is not there")):
+        store.read("a/c")
+    with pytest.raises(ObjectMissing):
+        store.read_range("a/c", 0, 1)
+    for start in (8, 20):
+        with pytest.raises(StoreError, match=re.escape(f"{store.url}/a/b")):
+            store.read_range("a/b", start, 4)
+    with pytest.raises(StoreError, match="no key"):
+        store.read("a/../b")
+
+
+def test_a_large_file_goes_in_parts(store_url, proxy: Proxy, tmp_path):  # noqa: F811
+    (tmp_path / "large").write_bytes(bytes(range(256)) * 4096 * 20)
+    store = open_store(store_url, IMPATIENT)
+    store.put_file("large", tmp_path / "large")
+    assert sum("partNumber=" in line for line in proxy.requests) == 3
+    assert store.read_range("large", 10 * 2**20 + 7, 5) == bytes(range(7, 12))
+
+
+@pytest.mark.parametrize("kind", ["drop", "lost", "status", "truncate", "slow"])
+def test_a_store_that_fails_and_recovers_is_not_noticed(store_url, proxy: Proxy, tmp_path, kind):  # noqa: F811
+    store = open_store(store_url, IMPATIENT)
+    (tmp_path / "large").write_bytes(bytes(9 * 2**20))
+
+    def failing() -> None:
+        proxy.faults.clear()
+        proxy.fail(kind, times=2, seconds=0.01, n_bytes=40, status=503)
+
+    failing()
+    store.put("a", b"0" * 200)
+    failing()
+    assert store.create("b", b"1" * 200), "ours, though the answer may have been lost"
+    failing()
+    assert not store.create("b", b"2" * 200)
+    failing()
+    store.put_file("c", tmp_path / "large")
+    failing()
+    assert store.read("b") == b"1" * 200
+    failing()
+    assert store.read_range("a", 10, 100) == b"0" * 100
+    failing()
+    assert store.list() == ["a", "b", "c"]
+    failing()
+    assert store.size("c") == 9 * 2**20
+    assert proxy.n_failed >= 9
+
+
+@pytest.mark.parametrize(("kind", "why"), [("drop", "sending request"), ("status", "500"), ("truncate", "")])
+def test_a_store_that_stays_away_is_one_sentence(store_url, proxy: Proxy, kind, why):  # noqa: F811
+    store = open_store(store_url, IMPATIENT)
+    store.put("a", b"0" * 200)
+    proxy.fail(kind, times=1000)
+    with pytest.raises(StoreError, match=f"{store_url}/a did not come through .*{why}.*4 tries.*again") as caught:
+        store.read("a")
+    assert "\n" not in str(caught.value)
+    assert proxy.n_failed == 4
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_forever(store_url, proxy: Proxy):  # noqa: F811
+    from dataclasses import replace
+
+    store = open_store(store_url, replace(IMPATIENT, n_tries=2, stall_seconds=0.2))
+    store.put("a", b"0" * 200)
+    proxy.fail("slow", times=1000, seconds=1.0, n_bytes=1)
+    with pytest.raises(StoreError, match="did not come through"):
+        store.read("a")
+
+
+@pytest.mark.parametrize(("status", "said"), [(403, "refuses"), (400, "does not take"), (301, "region")])
+def test_a_refusal_is_not_tried_again_and_tells_no_secret(store_url, proxy: Proxy, status, said):  # noqa: F811
+    store = open_store(store_url, IMPATIENT)
+    proxy.fail("status", status=status, times=1000)
+    with pytest.raises(StoreError, match=f"{said}.*AWS_") as caught:
+        store.create("a", b"")
+    assert proxy.n_failed == 1
+    assert "\n" not in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_bucket_that_is_not_there_is_named(store_url):  # noqa: F811
+    store = open_store("s3://elsewhere/a", IMPATIENT)
+    with pytest.raises(StoreError, match=r"s3://elsewhere/a.*no such bucket"):
+        store.create("a", b"")
+
+
+def test_an_address_where_nobody_listens_is_one_sentence(monkeypatch):
+    pytest.importorskip("obstore")
+    credentials(monkeypatch, "http://127.0.0.1:1")
+    with pytest.raises(StoreError, match=r"did not come through .*4 tries"):
+        open_store("s3://caches/a", IMPATIENT).size("a")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://example.com/x", "s3://"),
+        ("s3://", "names no place"),
+        ("s3://bucket", "names no place"),
+        ("s3://bucket/a/../b", "names no place"),
+        ("file://folder/a", "names no place"),
+        ("s3://me:hush@bucket/a", "environment"),
+        ("az://container/a?sig=hush", "environment"),
+    ],
+)
+def test_a_url_of_no_store_is_refused(url, said):
+    assert is_url(url)
+    with pytest.raises(UserError, match=said) as caught:
+        open_store(url)
+    assert "hush" not in str(caught.value)
+
+
+def test_folders_are_no_urls():
+    assert not any(map(is_url, ["cache.zarr", "/data/s3/x", "./s3:/x", "C:/x", ""]))
+    assert is_url("s3://bucket/x")
