@@ -189,18 +189,32 @@ class Store:
         except ObjectMissing:
             return
 
-    def list(self, prefix: str = "") -> list[str]:
-        """The keys below a folder (of all objects, if it is empty), in order."""
+    def copy(self, source: str, target: str) -> None:
+        """Make or replace an object with another's content, within the store: the bytes do not come here."""
         import obstore
 
-        def listed() -> list[str]:
-            batches = obstore.list(self._once, prefix or None)
-            return sorted(entry["path"] for batch in batches for entry in batch)
+        self._ask(source, lambda: obstore.copy(self._once, source, target))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """The keys below a folder (of all objects, if it is empty), in order."""
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "", *, some: bool = False) -> dict[str, int]:
+        """The same with the bytes of each; with `some` only as many as come in one answer."""
+        import obstore
+
+        def listed() -> dict[str, int]:
+            found: dict[str, int] = {}
+            for batch in obstore.list(self._once, prefix or None):
+                found |= {entry["path"]: entry["size"] for entry in batch}
+                if some:
+                    break
+            return found
 
         try:
             return self._ask(prefix, listed)
         except ObjectMissing:  # a folder that was never made
-            return []
+            return {}
 
     def _ask(self, key: str, request: Callable[[], Answer], *, writing: bool = False) -> Answer:
         """Make a request until it is answered or refused, or the tries are used up."""

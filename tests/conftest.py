@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from store_fixtures import proxy, store_server, store_url  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,12 +2,13 @@
 
 import re
 import threading
+from dataclasses import replace
 
 import pytest
+from store_fixtures import IMPATIENT, Proxy, credentials
 
 from cache_spec.errors import ObjectMissing, StoreError, UserError
 from cache_spec.store import is_url, open_store
-from tests.store_fixtures import IMPATIENT, Proxy, credentials, proxy, store_server, store_url  # noqa: F401
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -28,6 +29,11 @@ def test_what_was_put_is_read(store, tmp_path):
     assert store.list() == ["layer_0/clean/c/0/0", "rows/token/c/0"]
     assert store.list("rows") == ["rows/token/c/0"]
     assert store.list("row") == store.list("elsewhere") == []
+    assert store.sizes() == store.sizes(some=True) == {"layer_0/clean/c/0/0": 100_000, "rows/token/c/0": 10}
+    store.copy("rows/token/c/0", "copied")
+    assert store.read("copied") == b"0123456789"
+    with pytest.raises(ObjectMissing, match="rows/none"):
+        store.copy("rows/none", "copied")
     store.put("rows/token/c/0", b"new")
     assert store.read("rows/token/c/0") == b"new"
     store.delete("rows/token/c/0")
@@ -64,7 +70,7 @@ def test_what_is_missing_and_what_is_too_short_is_named(store):
         store.read("a/../b")
 
 
-def test_a_large_file_goes_in_parts(store_url, proxy: Proxy, tmp_path):  # noqa: F811
+def test_a_large_file_goes_in_parts(store_url, proxy: Proxy, tmp_path):
     (tmp_path / "large").write_bytes(bytes(range(256)) * 4096 * 20)
     store = open_store(store_url, IMPATIENT)
     store.put_file("large", tmp_path / "large")
@@ -73,7 +79,7 @@ def test_a_large_file_goes_in_parts(store_url, proxy: Proxy, tmp_path):  # noqa:
 
 
 @pytest.mark.parametrize("kind", ["drop", "lost", "status", "truncate", "slow"])
-def test_a_store_that_fails_and_recovers_is_not_noticed(store_url, proxy: Proxy, tmp_path, kind):  # noqa: F811
+def test_a_store_that_fails_and_recovers_is_not_noticed(store_url, proxy: Proxy, tmp_path, kind):
     store = open_store(store_url, IMPATIENT)
     (tmp_path / "large").write_bytes(bytes(9 * 2**20))
 
@@ -101,7 +107,7 @@ def test_a_store_that_fails_and_recovers_is_not_noticed(store_url, proxy: Proxy,
 
 
 @pytest.mark.parametrize(("kind", "why"), [("drop", "sending request"), ("status", "500"), ("truncate", "")])
-def test_a_store_that_stays_away_is_one_sentence(store_url, proxy: Proxy, kind, why):  # noqa: F811
+def test_a_store_that_stays_away_is_one_sentence(store_url, proxy: Proxy, kind, why):
     store = open_store(store_url, IMPATIENT)
     store.put("a", b"0" * 200)
     proxy.fail(kind, times=1000)
@@ -111,9 +117,7 @@ def test_a_store_that_stays_away_is_one_sentence(store_url, proxy: Proxy, kind, 
     assert proxy.n_failed == 4
 
 
-def test_a_server_that_says_nothing_is_not_waited_for_forever(store_url, proxy: Proxy):  # noqa: F811
-    from dataclasses import replace
-
+def test_a_server_that_says_nothing_is_not_waited_for_forever(store_url, proxy: Proxy):
     store = open_store(store_url, replace(IMPATIENT, n_tries=2, stall_seconds=0.2))
     store.put("a", b"0" * 200)
     proxy.fail("slow", times=1000, seconds=1.0, n_bytes=1)
@@ -122,7 +126,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_forever(store_url, proxy: 
 
 
 @pytest.mark.parametrize(("status", "said"), [(403, "refuses"), (400, "does not take"), (301, "region")])
-def test_a_refusal_is_not_tried_again_and_tells_no_secret(store_url, proxy: Proxy, status, said):  # noqa: F811
+def test_a_refusal_is_not_tried_again_and_tells_no_secret(store_url, proxy: Proxy, status, said):
     store = open_store(store_url, IMPATIENT)
     proxy.fail("status", status=status, times=1000)
     with pytest.raises(StoreError, match=f"{said}.*AWS_") as caught:
@@ -132,7 +136,7 @@ def test_a_refusal_is_not_tried_again_and_tells_no_secret(store_url, proxy: Prox
     assert "hush" not in str(caught.value)
 
 
-def test_a_bucket_that_is_not_there_is_named(store_url):  # noqa: F811
+def test_a_bucket_that_is_not_there_is_named(store_url):
     store = open_store("s3://elsewhere/a", IMPATIENT)
     with pytest.raises(StoreError, match=r"s3://elsewhere/a.*no such bucket"):
         store.create("a", b"")
