@@ -11,11 +11,13 @@ LINE_EVERY_S = 5.0
 class Progress:
     """Counts done work of a known total. Use as a context manager; `advance(n, note)` as work is done."""
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
-        self._what, self._total, self._unit = what, total, unit
+    def __init__(self, what: str, total: int, unit: str, *, shown: bool = True) -> None:
+        """Unless it is `shown`, it counts in silence: another process of the same job shows its own."""
+        self._what, self._total, self._unit, self._shown = what, total, unit, shown
         self._done, self._note = 0, ""
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=total > 9999) if sys.stderr.isatty() else None
+        on_terminal = shown and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=total > 9999) if on_terminal else None
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count `n` more units as done; `note` is a short status such as a loss."""
@@ -29,6 +31,8 @@ class Progress:
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
+        if not self._shown:
+            return
         rate = self._done / max(self._last_line - self._start, 1e-9)
         left = _clock((self._total - self._done) / rate) if rate > 0 else "unknown"
         note = f", {self._note}" if self._note else ""

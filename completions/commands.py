@@ -12,6 +12,7 @@ from harvest.hub_name import PRESETS
 from harvest.locate import SHORT_NAMES
 from harvest.options import MASK_KINDS
 from train.config import POSITIONS, PRECISIONS, TARGETS
+from train.ranks import PARALLEL
 from train.readers import IO
 
 ROOMS = ("harvest", "train", "evaluate", "cache_spec")
@@ -31,6 +32,7 @@ VALUES: dict[str, list[str]] = {  # a name that ends in = wants a number behind 
     "train --target": [*TARGETS],
     "train --precision": [*PRECISIONS],
     "train --io": [*IO],
+    "train --parallel": [*PARALLEL],
     "train --track": ["wandb", "trackio", "tensorboard"],
     "train --decoder": ["unit", "free"],
     "train --init-b-dec": ["zero", "median", "mean"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Set
 
 import torch
@@ -14,6 +15,7 @@ from train.grid import Lists, Settings, check_target, make_runs
 from train.loader import MixedBatchLoader
 from train.options import Options
 from train.passes import free_memory, parse_memory
+from train.ranks import Team, joined, read_parallel, read_rank
 from train.reading import before_training, read_device, read_hook, read_lists, with_preset
 from train.report import keep_freed_memory, plan_facts, print_plan, print_preset, print_results
 from train.sweep import Unfinished, failures_sentence, train_sweep
@@ -22,10 +24,17 @@ from train.tracking import open_trackers
 
 
 def run(options: Options, given: Set[str]) -> None:
-    """Train the grid; `given` are the options that the command line names.
+    """Train the grid; `given` are the options that the command line names. torchrun's processes share it.
 
     Raises UserError, before anything is written, for what cannot be done, and Unfinished in the end if a run failed.
     """
+    rank = read_rank(os.environ)
+    parallel = read_parallel(options.parallel, rank)
+    with joined(rank, parallel=parallel, device=options.device) as team:
+        _run(options, given, team)
+
+
+def _run(options: Options, given: Set[str], team: Team) -> None:
     if options.json and not options.dry_run:
         raise UserError("--json says what a sweep will take; give it together with --dry-run")
     options, preset = with_preset(options, given)
@@ -34,7 +43,7 @@ def run(options: Options, given: Set[str]) -> None:
     if options.profile and options.dry_run:
         raise UserError("--profile looks at steps of training and --dry-run makes none; leave one of them out")
     memory = parse_memory(options.memory) if options.memory else None
-    loader = _open(options, lists)
+    loader = _open(options, lists, team.device)
     schedule = schedule_for(
         loader,
         warmup_steps=options.warmup_steps,
@@ -49,12 +58,13 @@ def run(options: Options, given: Set[str]) -> None:
     runs = make_runs(lists, schedule, loader.scale, loader.data, settings)
     check_target(loader.data, runs, force=options.force)
     n_threads = torch.get_num_threads() if loader.device.type == "cpu" else 1
-    memory = memory or free_memory(loader.device)
-    if options.json:
-        print(json.dumps(plan_facts(loader, runs, n_threads, memory)))
-        return
-    print_preset(options.preset, preset)
-    print_plan(loader, runs, n_threads, memory, options.kernel)
+    memory = memory or team.part_of(free_memory(loader.device))
+    if team.is_first:
+        if options.json:
+            print(json.dumps(plan_facts(loader, runs, n_threads, memory)))
+            return
+        print_preset(options.preset, preset)
+        print_plan(loader, runs, n_threads, memory, options.kernel)
     if options.dry_run:
         return
     keep_freed_memory()
@@ -68,14 +78,16 @@ def run(options: Options, given: Set[str]) -> None:
         n_threads=n_threads,
         memory=memory,
         open_tracker=open_tracker,
-        profile=options.profile,
+        profile=options.profile and team.is_first,
+        team=team,
     )
-    print_results(facts, options.out)
+    if team.is_first:
+        print_results(facts, options.out)
     if sentence := failures_sentence(facts):
         raise Unfinished(sentence)
 
 
-def _open(options: Options, lists: Lists) -> MixedBatchLoader:
+def _open(options: Options, lists: Lists, device: str) -> MixedBatchLoader:
     with before_training():
         cache = ActivationCache.open(options.cache, allow_partial=options.allow_partial)
         data = DataConfig(
@@ -92,4 +104,4 @@ def _open(options: Options, lists: Lists) -> MixedBatchLoader:
             readers=options.readers,
             read_ahead=options.read_ahead,
         )
-        return MixedBatchLoader(cache, data, with_masked=lists.want_masked, device=read_device(options.device))
+        return MixedBatchLoader(cache, data, with_masked=lists.want_masked, device=read_device(device))

@@ -180,6 +180,13 @@ class Options:
 
     # the machine
     device: Annotated[str, _option(help="(machine) Where to train: cpu, cuda, cuda:1, mps.")] = "cpu"
+    parallel: Annotated[
+        str,
+        _option(
+            help="(machine) With torchrun, what the processes share: sweep, each trains some of the runs. "
+            "Default: sweep; a process alone trains everything. docs/cluster.md has the commands."
+        ),
+    ] = ""
     kernel: Annotated[
         str, _option(help=f"(machine) How steps are computed: {_kernels}, or auto, the fastest for the shape.")
     ] = "auto"

@@ -50,6 +50,14 @@ def threads_of(config: RunConfig, loader: MixedBatchLoader, n_threads: int) -> i
     return 1 if n_operations < _SMALL_STEP else n_threads
 
 
+def step_cost(config: RunConfig, loader: MixedBatchLoader, kernel: str) -> float:
+    """Floating-point operations of one step, roughly: to spread runs by, which changes no result."""
+    batch, d_in, d_out = loader.data.batch_size, loader.hook.d_model, loader.d_out
+    if kernel == "dense":
+        return 6.0 * batch * config.d_sae * (d_in + d_out)
+    return 2.0 * batch * config.d_sae * d_in + 6.0 * batch * config.k * (d_in + d_out)
+
+
 def state_bytes(config: RunConfig, loader: MixedBatchLoader) -> int:
     """What one SAE in training holds from step to step."""
     return _STATE_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
@@ -98,19 +106,25 @@ def needed_bytes(configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threa
 
 
 def split(
-    configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int, free: int | None, kernel: str = "auto"
+    configs: Sequence[RunConfig],
+    loader: MixedBatchLoader,
+    n_threads: int,
+    free: int | None,
+    kernel: str = "auto",
+    *,
+    at_least: int = 1,
 ) -> list[list[RunConfig]]:
     """The runs in as few passes as fit into `free` bytes (None: any), of sizes that differ by at most one.
 
-    Raises UserError if one SAE alone does not fit.
+    `at_least` so many passes, some of them empty if there are fewer runs: other ranks need them. Raises UserError if
+    one SAE alone does not fit.
     """
-    if free is None or not configs:
-        return [list(configs)]
-    needs = [_need(config, loader, kernel) for config in configs]
-    for n_passes in range(1, len(configs) + 1):
+    needs = [_need(config, loader, kernel) for config in configs] if free is not None else []
+    for n_passes in range(at_least, max(at_least, len(configs)) + 1):
         ends = [len(configs) * i // n_passes for i in range(n_passes + 1)]
-        if all(_together(needs[start:end], loader, n_threads) <= free for start, end in pairwise(ends)):
+        if free is None or all(_together(needs[start:end], loader, n_threads) <= free for start, end in pairwise(ends)):
             return [list(configs[start:end]) for start, end in pairwise(ends)]
+    assert free is not None
     needed, i = max((_together([need], loader, n_threads), i) for i, need in enumerate(needs))
     raise UserError(
         f"{configs[i].name} alone needs {gib(needed)} and {gib(free)} are free on "

@@ -16,29 +16,26 @@ from train.calibration import calibrate, calibration_rows, has_running_threshold
 from train.checkpoint import checkpoint_step, discard_damaged, last_logged, remove_checkpoints, save_checkpoint
 from train.choosing import kernels_for
 from train.config import RunConfig
-from train.engine import Kernel
 from train.entry import Entry
-from train.facts import differing_facts, run_facts
 from train.held_out import held_out_rows, held_out_targets, measure_held_out
 from train.loader import MixedBatchLoader
 from train.mixing import Rows
 from train.passes import needed_bytes, passes_sentence, split, threads_of
+from train.preparing import hold_folder, last_checkpoint, prepare, share_of
 from train.profile import PROFILE, profiling
+from train.ranks import Team, alone
 from train.reading import before_training
 from train.run_folder import (
     COMPLETE,
     FAILED,
     GO_ON,
-    check_out,
     failure_of,
     finish_run,
-    hold,
-    holds_files,
-    read_facts,
 )
 from train.schedule import epoch_ended
 from train.spans import MIX, SAE_STEP, WAIT, span
 from train.tracking import OpenTracker
+from train.watch import JobEnded
 from train.workers import Workers, workers
 
 _NOTE_EVERY = 20  # steps
@@ -64,6 +61,7 @@ def train_sweep(
     memory: int | None = None,
     open_tracker: OpenTracker | None = None,
     profile: bool = False,
+    team: Team | None = None,
 ) -> list[dict[str, Any]]:
     """Train all runs and write each into `out`/<name>; returns what their run.json says in the end.
 
@@ -74,27 +72,40 @@ def train_sweep(
     steps of the first pass are profiled, which changes no result (train/profile.py). Raises UserError, before anything
     is written, for a folder that holds another run of the same name or that another process trains.
     """
-    entries = _prepare(loader, configs, out, kernels_for(loader, configs, kernel), resume)
-    waiting = [entry for entry in entries if entry.is_waiting]
-    if profile and not waiting:
+    team = team or alone()
+    entries = prepare(loader, configs, out, kernels_for(loader, configs, kernel), resume)
+    if not any(entry.is_waiting for entry in entries) and profile:
         _log.info("nothing is left to train, so there is nothing to profile")
-    split([entry.config for entry in waiting], loader, n_threads, memory, kernel)  # refuses what does not fit
+    own = share_of(entries, loader, team)
+    names = {entry.config.name for entry in own}
+    parts = split([entry.config for entry in own], loader, n_threads, memory, kernel)  # refuses what does not fit
+    n_passes = max(team.gather(len(parts)))  # so all ranks have looked at the folders before the first writes
+    team.on_loss(lambda: last_checkpoint(entries))
     held_out: _HeldOut = (None, None)
-    if waiting:
+    if own:
         with before_training():
             held_out = held_out_rows(loader), held_out_targets(loader)
     with ExitStack() as held:
         for entry in entries:
-            _hold(entry, held)
-        waiting = [entry for entry in waiting if entry.is_waiting]
+            if entry.config.name in names or (team.is_first and not entry.is_waiting):
+                hold_folder(entry, held)
+        waiting = [entry for entry in own if entry.is_waiting]
         by_name = {entry.config.name: entry for entry in waiting}
-        passes = split([entry.config for entry in waiting], loader, n_threads, memory, kernel)
+        at_least = n_passes if team.rank.count > 1 else 1
+        passes = split([entry.config for entry in waiting], loader, n_threads, memory, kernel, at_least=at_least)
         if len(passes) > 1:
             needed = needed_bytes([entry.config for entry in waiting], loader, n_threads, kernel)
             _log.info("%s", passes_sentence(passes, needed, memory))
-        sweep = _Sweep(loader, checkpoint_every, n_threads, open_tracker, held_out, out / PROFILE if profile else None)
+        trace = out / PROFILE if profile else None
+        sweep = _Sweep(loader, checkpoint_every, n_threads, open_tracker, held_out, trace, team)
         sweep.run([[by_name[config.name] for config in part] for part in passes])
-    return [entry.facts for entry in entries]
+    return _facts(entries, own, team)
+
+
+def _facts(entries: Sequence[Entry], own: Sequence[Entry], team: Team) -> list[dict[str, Any]]:
+    """What run.json says of every run in the end, whoever trained it."""
+    trained = {facts["name"]: facts for each in team.gather([entry.facts for entry in own]) for facts in each}
+    return [trained.get(entry.config.name, entry.facts) for entry in entries]
 
 
 def failures_sentence(facts: Sequence[dict[str, Any]]) -> str:
@@ -108,49 +119,6 @@ def failures_sentence(facts: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _prepare(
-    loader: MixedBatchLoader, configs: Sequence[RunConfig], out: Path, kernels: Sequence[Kernel], resume: bool
-) -> list[Entry]:
-    """Check every folder before the first is touched."""
-    check_out(out)
-    entries = []
-    for config, kernel in zip(configs, kernels, strict=True):
-        folder = out / config.name
-        facts, old = run_facts(config, loader, kernel), read_facts(folder)
-        if old is not None:
-            _check_same(folder, old, facts, resume)
-            facts = old
-        elif folder.exists() and (not folder.is_dir() or holds_files(folder)):
-            raise UserError(f"{folder} is there and is no run; move it away or name another --out")
-        entries.append(Entry(config=config, folder=folder, facts=facts, kernel=kernel))
-    return entries
-
-
-def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], resume: bool) -> None:
-    if differences := differing_facts(old, new):
-        raise UserError(f"{folder} holds another run: {'; '.join(differences)}; name another --out")
-    if not resume:
-        state = {COMPLETE: "complete", FAILED: "failed"}.get(old["status"], "unfinished")
-        then = {COMPLETE: "skip it", FAILED: "leave it as it is and train the others"}.get(
-            old["status"], "go on with it"
-        )
-        raise UserError(f"{folder} holds this run already, {state}; add --resume to {then}, or name another --out")
-    if old["status"] == FAILED:
-        _log.warning("%s; it stays as it is, for the same recipe fails again at the same step", failure_of(old))
-
-
-def _hold(entry: Entry, held: ExitStack) -> None:
-    """Keep other processes out; one that was here a moment ago may have finished the run."""
-    if entry.facts["status"] == COMPLETE:
-        remove_checkpoints(entry.folder)  # a kill may have come before this
-    if not entry.is_waiting:
-        return
-    held.enter_context(hold(entry.folder))
-    entry.facts = read_facts(entry.folder) or entry.facts
-    if entry.facts["status"] == COMPLETE:
-        remove_checkpoints(entry.folder)
-
-
 class _Sweep:
     """What the passes of one sweep share."""
 
@@ -162,7 +130,9 @@ class _Sweep:
         open_tracker: OpenTracker | None,
         held_out: _HeldOut,
         profile: Path | None,
+        team: Team,
     ) -> None:
+        self._team = team
         self._loader, self._open_tracker, self._held_out = loader, open_tracker, held_out
         self._checkpoint_every, self._n_threads = checkpoint_every, n_threads
         self._profile = profile  # where to; only the first steps of all are profiled
@@ -170,13 +140,14 @@ class _Sweep:
     def run(self, passes: list[list[Entry]]) -> None:
         """Train and finish one pass after the other."""
         loader, entries = self._loader, [entry for part in passes for entry in part]
-        if not entries:
+        if not entries and self._team.rank.count == 1:
             return
         for entry in entries:
             discard_damaged(entry.folder)
         n_left = sum(loader.n_steps - checkpoint_step(entry.folder) for entry in entries)
         what = f"training {len(entries)} {'SAE' if len(entries) == 1 else 'SAEs'}"
-        with Progress(what, n_left, "SAE steps") as progress:
+        what += f" on rank 0 of {self._team.rank.count}" if self._team.rank.count > 1 else ""
+        with Progress(what, n_left, "SAE steps", shown=self._team.is_first) as progress:
             for i, part in enumerate(passes):
                 if len(passes) > 1:
                     _log.info("pass %s of %s: %s SAEs", i + 1, len(passes), len(part))
@@ -193,7 +164,7 @@ class _Sweep:
             start = loader.read(0, with_masked=False)
             for entry in new:
                 entry.training.start_at(start.clean, start.target_clean)
-        first = min(entry.training.n_done for entry in entries)
+        first = min((entry.training.n_done for entry in entries), default=loader.n_steps)
         if first == loader.n_steps:  # stopped after the last step
             return
         began = time.monotonic()
@@ -303,6 +274,10 @@ def _kept_at_damage(entries: list[Entry]) -> Iterator[None]:
         for entry in entries:
             entry.keep()
         raise Unfinished(f"{error}; then {GO_ON}") from None
+    except JobEnded:  # another rank is gone
+        for entry in entries:
+            entry.keep()
+        raise
 
 
 @contextmanager
