@@ -35,14 +35,24 @@ def ordinary_rows(flags: np.ndarray) -> np.ndarray:
 
 
 def moments_of(rows: np.ndarray, ordinary: np.ndarray, at_once: int = 1024) -> Moments:
-    """Moments of the ordinary ones of fp16 rows [n, d_model], in their own units."""
-    return merge(
-        (
-            _moments_of_block(widen(rows[start : start + at_once][ordinary[start : start + at_once]]))
-            for start in range(0, len(rows), at_once)
-        ),
-        rows.shape[1],
-    )
+    """Moments of the ordinary ones ([n] bool) of fp16 rows [n, d_model], in their own units."""
+    blocks = (slice(start, start + at_once) for start in range(0, len(rows), at_once))
+    return merge((moments_of_block(rows[block], ordinary[block]) for block in blocks), rows.shape[1])
+
+
+def moments_of_block(rows: np.ndarray, ordinary: np.ndarray) -> Moments:
+    """The same of a few thousand rows, at once. A rough mean first; what it misses is put right afterwards."""
+    values = widen(rows[ordinary])
+    n = len(values)
+    if not n:
+        return Moments(n=0, mean=np.empty(0), m2=np.empty(0))
+    # Sums run down the rows one after the other, so they are the same on every machine and with any threads.
+    rough = np.add.reduce(values, axis=0) / np.float32(n)
+    values -= rough
+    missed = np.add.reduce(values, axis=0).astype(np.float64) / n
+    np.square(values, out=values)
+    m2 = np.add.reduce(values, axis=0).astype(np.float64) - n * missed * missed
+    return Moments(n=n, mean=rough.astype(np.float64) + missed, m2=np.maximum(m2, 0.0))
 
 
 def merge(parts: Iterable[Moments], d_model: int) -> Moments:
@@ -65,17 +75,3 @@ def widen(rows: np.ndarray) -> np.ndarray:
     values = bits.view("<f4")
     values *= np.float32(2.0**112)  # the exponents of the two types count from different numbers
     return values
-
-
-def _moments_of_block(values: np.ndarray) -> Moments:
-    """Moments of float32 rows, which are overwritten. A rough mean first; what it misses is put right afterwards."""
-    n = len(values)
-    if not n:
-        return Moments(n=0, mean=np.empty(0), m2=np.empty(0))
-    # Sums run down the rows one after the other, so they are the same on every machine and with any threads.
-    rough = np.add.reduce(values, axis=0) / np.float32(n)
-    values -= rough
-    missed = np.add.reduce(values, axis=0).astype(np.float64) / n
-    np.square(values, out=values)
-    m2 = np.add.reduce(values, axis=0).astype(np.float64) - n * missed * missed
-    return Moments(n=n, mean=rough.astype(np.float64) + missed, m2=np.maximum(m2, 0.0))

@@ -6,9 +6,10 @@ shards in memory.
 """
 
 import math
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ from harvest.transfer import Copies, Sent, choose_copies, to_device
 from harvest.windows import Windows
 
 WriteShard = Callable[[int, dict[tuple[str, str], np.ndarray], dict[str, np.ndarray]], None]
+
+_MOST_WRITER_THREADS = 8  # then the writing itself is what takes the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,18 @@ def _refuse_unstorable(plan: Plan, shard: int, peaks: np.ndarray) -> None:
                 f"{hook.scale_factor:g} fp16 ends at {FP16_MAX * hook.scale_factor:,.0f}; harvest into a new --out "
                 f"with --scale-factor {hook.hook_point}={scale_for(peak):g}"
             )
+
+
+def writer_threads(device: torch.device, environ: Mapping[str, str]) -> int:
+    """Threads for the checksums and moments of a shard: one core makes .4 GB/s of them, and a GPU more activations.
+
+    On a CPU the model has the cores. torchrun's processes on this machine share them.
+    """
+    if device.type == "cpu":
+        return 1
+    n_here = environ.get("LOCAL_WORLD_SIZE", "")
+    n_processes = int(n_here) if n_here.isdecimal() and int(n_here) else 1
+    return min(_MOST_WRITER_THREADS, max(1, (os.cpu_count() or 1) // n_processes // 2))
 
 
 class Writer:

@@ -22,7 +22,7 @@ from cache_spec.state import committed_shards, is_ours, read_plan, read_root, re
 from harvest.forecast import Forecast, forecast, forecast_facts, print_forecast, refuse_if_full, size
 from harvest.model import LoadedModel
 from harvest.pilot import model_speed
-from harvest.pipeline import Job, batches_of, make_shards
+from harvest.pipeline import Job, batches_of, make_shards, writer_threads
 from harvest.planning import differences, make_plan, outline
 from harvest.prefix import saved_share
 from harvest.reader import Reader, open_reader
@@ -206,11 +206,12 @@ def _write_shards(job: Job, out: Path, shards: list[int], stop: Stop) -> None:
     """Make and commit the shards. Raises KeyboardInterrupt, with how to go on, if someone asked to stop."""
     plan, start = job.plan, time.monotonic()
     n_tokens, n_whole = 0, sum(map(plan.rows_in, shards)) * len(plan.variants)
+    n_threads = writer_threads(job.reader.device, os.environ)
     if shards:
         _say_if_reused(job, shards[0])
 
     def write(shard: int, arrays: dict[tuple[str, str], np.ndarray], columns: dict[str, np.ndarray]) -> None:
-        write_shard(out, plan, shard, arrays, columns)
+        write_shard(out, plan, shard, arrays, columns, n_threads=n_threads)
 
     def advance(n: int) -> None:
         nonlocal n_tokens

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_fixtures import make_cache, make_plan, make_shard
+from cache_fixtures import make_cache, make_plan, make_shard, scratch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cache_spec import (
     ActivationCache,
@@ -118,6 +120,29 @@ def test_a_committed_shard_is_never_written_again(cache):
     again = write_shard(cache, PLAN, 0, *make_shard(make_plan(layers=(1, 3), seed=9), 0))
     assert again == first
     assert {file: (cache / file).stat().st_mtime_ns for file in shard_files(PLAN, 0)} == times
+
+
+@given(seed=st.integers(0, 1000), n_threads=st.integers(2, 5), n_rows=st.integers(1, 150))
+@settings(max_examples=20, deadline=None)
+def test_the_bytes_do_not_depend_on_the_number_of_threads(seed, n_threads, n_rows):
+    plan = make_plan(n_rows=n_rows, seed=seed)
+    with scratch() as folder:
+        for path, n in ((folder / "alone", 1), (folder / "together", n_threads)):
+            create_cache(path, plan)
+            for shard in range(plan.n_shards):
+                write_shard(path, plan, shard, *make_shard(plan, shard), n_threads=n)
+        for shard in range(plan.n_shards):
+            for file in (record_file(shard), *shard_files(plan, shard)):
+                assert (folder / "alone" / file).read_bytes() == (folder / "together" / file).read_bytes()
+
+
+def test_what_goes_wrong_on_one_of_several_threads_is_raised_and_nothing_stays(cache):
+    activations, columns = make_shard(PLAN, 0)
+    activations["layer_3", "masked"][-1, 0] = np.inf
+    with pytest.raises(CacheError, match="infinite or NaN"):
+        write_shard(cache, PLAN, 0, activations, columns, n_threads=3)
+    assert not [file for file in shard_files(PLAN, 0) if (cache / file).exists()]
+    assert not list(cache.rglob("*.partial"))
 
 
 def test_of_writers_that_race_one_commits_and_the_files_are_its_own(cache):

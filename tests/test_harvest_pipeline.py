@@ -1,6 +1,7 @@
 """The way from the model to the disk: every row arrives where it belongs, and nothing waits that need not."""
 
 import dataclasses
+import os
 import threading
 import time
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline_fixtures import ExactReader, collector, small_job, wanted_rows
 
 from cache_spec import UserError
-from harvest.pipeline import Writer, make_shards
+from harvest.pipeline import Writer, make_shards, writer_threads
 from harvest.shard import prepare_shard
 from harvest.transfer import CudaCopies, PlainCopies, choose_copies
 
@@ -228,6 +229,24 @@ def test_a_keyboard_interrupt_does_not_wait_for_the_writer():
         interrupted()
     assert not free.is_set()
     free.set()
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "environ", "wanted"),
+    [
+        ("cpu", 64, {}, 1),
+        ("cuda", 2, {}, 1),
+        ("cuda", 1, {}, 1),
+        ("cuda:3", 16, {}, 8),
+        ("cuda", 128, {}, 8),
+        ("cuda", 64, {"LOCAL_WORLD_SIZE": "8"}, 4),
+        ("cuda", 8, {"LOCAL_WORLD_SIZE": "8"}, 1),
+        ("cuda", 12, {"LOCAL_WORLD_SIZE": "0"}, 6),
+    ],
+)
+def test_the_writer_takes_half_of_the_cores_that_a_gpu_leaves(monkeypatch, device, cores, environ, wanted):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert writer_threads(torch.device(device), environ) == wanted
 
 
 def test_every_token_of_every_variant_is_counted_once():

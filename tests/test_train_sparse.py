@@ -218,6 +218,11 @@ def test_auto_takes_the_faster_and_says_why_and_a_name_means_that_one_or_an_erro
     assert saving(job("topk", 8192, 16), "cuda") == (False, "the step is so small that dense products are faster")
     assert saving(job("topk", 8192, 4096), "cuda")[0]
     assert not saving(job("topk", 2048, 1 << 16), "cuda")[0]
+    on_gpu = select("auto", "cuda", job("topk", 8192, 4096, precision="bf16"))
+    if not torch.cuda.is_available():  # where triton can run it is taken
+        assert on_gpu.name == "dense"
+        assert "sparse takes 1.6 to 3.8 times as long" in on_gpu.why
+        assert select("auto", "cuda", job("topk", 8192, 4096)).name == "sparse"
     assert chosen("standard", 8192) == ("dense", "sparse cannot: the codes of standard are not few")
     assert chosen("topk", 8192, consistency=1.0)[1] == "sparse cannot: --consistency compares whole codes"
     assert chosen("topk", 8192, penalties=("l1=0.1",))[1] == "sparse cannot: the penalty l1 looks at whole codes"

@@ -23,16 +23,18 @@ class Blocks:
     """Numbers a program takes where it goes over a list, or over a row of weights."""
     warps: int
     """Of the encoder's product."""
+    stages: int
+    """Of the encoder's product: blocks of depth that are on their way at the same time."""
     gather_warps: int
     """Of gathers: so few that each thread reads whole words of a row and no sum of rows crosses warps, which on an
     H200 is four times as fast as four warps on 512 columns."""
 
 
-HALF = Blocks(rows=128, latents=128, depth=64, columns=256, codes=8, wide=1024, warps=8, gather_warps=1)
+HALF = Blocks(rows=128, latents=128, depth=64, columns=256, codes=8, wide=1024, warps=8, stages=3, gather_warps=1)
 """Products in bfloat16 on tensor cores."""
-SINGLE = Blocks(rows=64, latents=64, depth=32, columns=256, codes=8, wide=1024, warps=4, gather_warps=2)
+SINGLE = Blocks(rows=64, latents=64, depth=32, columns=256, codes=8, wide=1024, warps=4, stages=3, gather_warps=2)
 """Products in float32."""
-TINY = Blocks(rows=16, latents=16, depth=16, columns=16, codes=4, wide=32, warps=4, gather_warps=1)
+TINY = Blocks(rows=16, latents=16, depth=16, columns=16, codes=4, wide=32, warps=4, stages=3, gather_warps=1)
 """For the interpreter: several blocks of everything already in small tests."""
 
 

@@ -39,7 +39,10 @@ class Search:
         self._in_half = run.config.precision == "bf16"
         exact = torch.get_float32_matmul_precision() == "highest"
         self._input = "ieee" if exact or self._in_half or device.type != "cuda" else "tf32"
-        self._refines = self._in_half or self._input == "tf32"
+        # A product of rows in bfloat16 adds up in float32, which is near enough to choose by and to train on; but not
+        # for a window as narrow as JumpReLU's, nor where a large mean that was not subtracted is rounded with the rest.
+        is_jump = isinstance(sae.activation, JumpReLU)
+        self._refines = self._input == "tf32" or (self._in_half and (is_jump or not sae.subtract_b_dec))
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -165,6 +168,7 @@ class Search:
             LATENTS=blocks.latents,
             DEPTH=blocks.depth,
             num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )
 
     def _list(self) -> Tensor:

@@ -46,6 +46,8 @@ class Work:
     def __init__(self, run: TrainRun, batch: int, sizes: Sizes, blocks: Blocks, device: torch.device) -> None:
         self.run, self.sizes, self._blocks, self._batch = run, sizes, blocks, batch
         self.moments = {name: adam_state(run.optimizer, p) for name, p in run.sae.named_parameters()}
+        self.ahead = int(next(iter(self.moments.values()))["step"]) - run.n_done
+        """Steps of Adam that are not among the run's, as where its moments were begun anew."""
         self.inputs = Search(run, batch, sizes, blocks, device)
         sae, n_prefixes = run.sae, len(run.sae.prefixes)
         self._in_half = run.config.precision == "bf16"

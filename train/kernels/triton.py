@@ -133,7 +133,7 @@ class Triton:
             self._knows_level = True
         lr, (beta1, beta2) = run.lr, run.recipe.betas
         run.optimizer.param_groups[0]["lr"] = lr
-        n = run.n_done + 1
+        n = run.n_done + work.ahead + 1
         step, root = lr / (1 - beta1**n), (1 - beta2**n) ** 0.5
         self._numbers.copy_(torch.tensor([step, root, 1 - self._gap, run.sparsity_scale]))
         work.inputs.numbers.copy_(self._numbers, non_blocking=True)
