@@ -33,6 +33,7 @@ from cache_spec.layout import (
 )
 from cache_spec.plan import Plan, check_plan
 from cache_spec.state import is_ours, read_plan, read_records, read_root
+from cache_spec.store_path import Place, StorePath, place_of
 
 _PACKAGES = ("numpy", "torch", "transformers")  # what decides the numbers, if it is installed
 
@@ -44,14 +45,14 @@ def create_cache(path: str | Path, plan: Plan) -> None:
     Raises CacheConflict if the folder holds another plan or something that is not a cache.
     """
     check_plan(plan)
-    create_folder(Path(path), plan, _attributes(plan))
+    create_folder(Path(path), plan, opening_attributes(plan))
 
 
 def create_folder(root: Path, plan: Plan, granary: dict[str, Any]) -> None:
     """The same with given attributes of the root, which also say whether it is to be an archive."""
     level = archive_level(granary)
     if (root / PLAN).exists():
-        _refuse_other_plan(root, plan)
+        refuse_other_plan(root, plan)
         _refuse_other_profile(root, level)
         remove_stale_partials(root)
         return
@@ -59,7 +60,7 @@ def create_folder(root: Path, plan: Plan, granary: dict[str, Any]) -> None:
     (root / RECORDS).mkdir(parents=True, exist_ok=True)
     # The root comes first: it marks a folder whose creation was cut short as ours.
     write_new_file(root / ROOT, readable_json(root_document(granary, None)))
-    _refuse_other_root(root, plan)
+    refuse_other_root(root, plan)
     _refuse_other_profile(root, level)
     for name, document in zarr_documents(plan, level).items():
         write_file(root / name / ROOT, readable_json(document))
@@ -67,29 +68,43 @@ def create_folder(root: Path, plan: Plan, granary: dict[str, Any]) -> None:
         sync_folder(folder)
     # The plan comes last: a folder that has one is ready.
     if not write_new_file(root / PLAN, readable_json(plan.to_json())):
-        _refuse_other_plan(root, plan)
+        refuse_other_plan(root, plan)
     remove_stale_partials(root)
 
 
-def finalize_cache(path: str | Path, *, partial: bool = False) -> None:
+def finalize_cache(path: str | Place, *, partial: bool = False) -> None:
     """Close a cache: manifest, then status and consolidated metadata. Can be repeated.
 
     With all shards there the status becomes "complete". With some missing it becomes "partial" if `partial`,
     else CacheIncomplete is raised; a partial cache can still be finished and closed again.
     """
-    root = Path(path)
+    root = place_of(path)
     plan = read_plan(root)
+    if isinstance(root, StorePath):
+        _close(root, plan, partial)  # of several at once, all write the same
+        return
     with exclusive(root / LOCK):
-        records = read_records(root, plan)
-        status = COMPLETE if len(records) == plan.n_shards else PARTIAL_STATUS
-        if status != COMPLETE and not partial:
-            raise CacheIncomplete(
-                f"{root} holds {len(records)} of {plan.n_shards} shards; run the same harvest again to finish it"
-            )
-        write_file(root / MANIFEST, readable_json(manifest(plan, status, records)))
-        granary = {**read_root(root), "status": status}
-        write_file(root / ROOT, readable_json(root_document(seal(granary), plan)))
+        _close(root, plan, partial)
     remove_stale_partials(root)
+
+
+def _close(root: Place, plan: Plan, partial: bool) -> None:
+    records = read_records(root, plan)
+    status = COMPLETE if len(records) == plan.n_shards else PARTIAL_STATUS
+    if status != COMPLETE and not partial:
+        raise CacheIncomplete(
+            f"{root} holds {len(records)} of {plan.n_shards} shards; run the same harvest again to finish it"
+        )
+    _replace(root / MANIFEST, readable_json(manifest(plan, status, records)))
+    granary = {**read_root(root), "status": status}
+    _replace(root / ROOT, readable_json(root_document(seal(granary), plan)))
+
+
+def _replace(path: Place, data: bytes) -> None:
+    if isinstance(path, StorePath):
+        path.store.put(path.key, data)
+    else:
+        write_file(path, data)
 
 
 def manifest(plan: Plan, status: str, records: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -98,7 +113,7 @@ def manifest(plan: Plan, status: str, records: dict[int, dict[str, Any]]) -> dic
     return seal({**facts, "shards": {str(shard): record for shard, record in records.items()}})
 
 
-def _attributes(plan: Plan) -> dict[str, Any]:
+def opening_attributes(plan: Plan) -> dict[str, Any]:
     """What the root says of the cache. Software is here, not in the plan: it does not name the content."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -117,7 +132,8 @@ def _attributes(plan: Plan) -> dict[str, Any]:
     )
 
 
-def _refuse_other_plan(root: Path, plan: Plan) -> None:
+def refuse_other_plan(root: Place, plan: Plan) -> None:
+    """Raises CacheConflict, with what differs, if the cache that is there has another plan."""
     there = read_plan(root)
     if there == plan:
         return
@@ -163,10 +179,11 @@ def _refuse_foreign_files(root: Path, plan: Plan) -> None:
             f"{root} is no activation cache and is not empty (it holds '{foreign[0]}'); give a new or empty folder"
         )
     if is_ours(root):
-        _refuse_other_root(root, plan)
+        refuse_other_root(root, plan)
 
 
-def _refuse_other_root(root: Path, plan: Plan) -> None:
+def refuse_other_root(root: Place, plan: Plan) -> None:
+    """The same for a cache that has only a root yet."""
     if (found := read_root(root)["cache_id"]) != plan.cache_id:
         raise CacheConflict(
             f"{root} is a half-created cache of another plan ({found}); delete it or give another folder"

@@ -19,6 +19,7 @@ from typing import Any
 import google_crc32c
 
 from cache_spec.errors import CacheDamaged, DiskFull
+from cache_spec.store_path import Place
 
 PARTIAL = ".partial"  # the end of every temporary name
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -44,7 +45,7 @@ def seal(facts: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "crc32c": f"{crc32c(canonical_json(facts)):08x}"}
 
 
-def check_seal(sealed: Any, path: Path | str) -> dict[str, Any]:
+def check_seal(sealed: Any, path: Place | str) -> dict[str, Any]:
     """The facts without their checksum; raises CacheDamaged if they do not match it."""
     facts = {key: value for key, value in sealed.items() if key != "crc32c"} if isinstance(sealed, dict) else {}
     if not facts or sealed != seal(facts):
@@ -52,7 +53,7 @@ def check_seal(sealed: Any, path: Path | str) -> dict[str, Any]:
     return facts
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Parsed JSON; raises CacheDamaged if the file is missing, cut short or mangled, or holds NaN or infinity."""
     try:
         return parse_json(path.read_bytes(), path)
@@ -60,7 +61,7 @@ def read_json(path: Path) -> Any:
         raise CacheDamaged(f"{path} is missing") from None
 
 
-def parse_json(data: bytes, where: Path | str) -> Any:
+def parse_json(data: bytes, where: Place | str) -> Any:
     """The same of what was read from `where`."""
     try:
         if not data.endswith(b"\n"):  # the only byte whose loss JSON would not notice

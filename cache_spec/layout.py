@@ -13,6 +13,7 @@ PLAN = f"{INTERNAL}/plan.json"
 MANIFEST = f"{INTERNAL}/manifest.json"
 RECORDS = f"{INTERNAL}/shards"
 LOCK = f"{INTERNAL}/lock"
+UPLOADS = f"{INTERNAL}/uploads"  # in a store: shards that were put and are not committed yet; publish.py
 HARVESTING, PARTIAL_STATUS, COMPLETE = "harvesting", "partial", "complete"
 
 ACTIVATION = np.dtype("<f2")

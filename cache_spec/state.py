@@ -1,8 +1,9 @@
-"""What a cache folder says about itself: its plan, its status, and which shards are committed."""
+"""What a cache says about itself, in a folder or in a store: its plan, its status, and which shards are committed."""
 
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -29,9 +30,12 @@ from cache_spec.layout import (
     zarr_documents,
 )
 from cache_spec.plan import Plan, check_version
+from cache_spec.store_path import Place, StorePath, place_of
+
+_AT_ONCE = 16  # records fetched from a store
 
 
-def read_plan(root: Path) -> Plan:
+def read_plan(root: Place) -> Plan:
     """The plan of the cache at `root`.
 
     Raises CacheNotFound if there is no cache, CacheIncomplete if its creation was cut short, CacheTooNew or
@@ -48,7 +52,7 @@ def read_plan(root: Path) -> Plan:
     return Plan.from_json(read_json(root / PLAN), where=str(root / PLAN))
 
 
-def is_ours(root: Path) -> bool:
+def is_ours(root: Place) -> bool:
     """Whether the folder's Zarr group was made by granary."""
     if not (root / ROOT).is_file():
         return False
@@ -59,12 +63,12 @@ def is_ours(root: Path) -> bool:
     return isinstance(document, dict) and "granary" in (document.get("attributes") or {})
 
 
-def read_root(root: Path) -> dict[str, Any]:
+def read_root(root: Place) -> dict[str, Any]:
     """The cache's attributes: spec_version, cache_id, status, plan, versions; of an archive also profile and level."""
     return check_root(read_json(root / ROOT), root / ROOT)
 
 
-def check_root(document: Any, path: Path | str) -> dict[str, Any]:
+def check_root(document: Any, path: Place | str) -> dict[str, Any]:
     """The same of the root's document, which was read from `path`."""
     attributes = document.get("attributes") if isinstance(document, dict) else None
     granary = attributes.get("granary") if isinstance(attributes, dict) else None
@@ -80,8 +84,8 @@ def check_root(document: Any, path: Path | str) -> dict[str, Any]:
     return granary
 
 
-def read_record(root: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
-    """The commit record of a shard, or None if it has none.
+def read_record(root: Place, plan: Plan, shard: int, sizes: Mapping[str, int] | None = None) -> dict[str, Any] | None:
+    """The commit record of a shard, or None if it has none. `sizes` are those of all files, if they were listed.
 
     Raises CacheDamaged if the record is not one of this plan, or if a file of it is missing or has another size.
     """
@@ -90,13 +94,22 @@ def read_record(root: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
         return None
     record = parse_record(root, plan, shard)
     for file, size in stored_bytes(plan, shard, record).items():
-        try:
-            found = os.stat(f"{root}/{file}").st_size  # there may be a hundred thousand files, and Path is slow
-        except (FileNotFoundError, NotADirectoryError):
-            raise CacheDamaged(f"{root / file} is missing; {_repair(path)}") from None
+        found = _size(root, file) if sizes is None else sizes.get(file)
+        if found is None:
+            raise CacheDamaged(f"{root / file} is missing; {_repair(path)}")
         if found != size:
             raise CacheDamaged(f"{root / file} has {found:,} bytes instead of {size:,}; {_repair(path)}")
     return record
+
+
+def _size(root: Place, file: str) -> int | None:
+    """None if there is no such file."""
+    if isinstance(root, StorePath):
+        return root.store.size(file)
+    try:
+        return os.stat(f"{root}/{file}").st_size  # there may be a hundred thousand files, and Path is slow
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def stored_bytes(plan: Plan, shard: int, record: dict[str, Any]) -> dict[str, int]:
@@ -105,12 +118,12 @@ def stored_bytes(plan: Plan, shard: int, record: dict[str, Any]) -> dict[str, in
     return shard_files(plan, shard) | packed
 
 
-def parse_record(root: Path, plan: Plan, shard: int) -> dict[str, Any]:
+def parse_record(root: Place, plan: Plan, shard: int) -> dict[str, Any]:
     """The commit record of a shard that has one, without a look at the files it names."""
     return check_record(read_json(root / record_file(shard)), plan, shard, root / record_file(shard))
 
 
-def check_record(raw: Any, plan: Plan, shard: int, path: Path | str) -> dict[str, Any]:
+def check_record(raw: Any, plan: Plan, shard: int, path: Place | str) -> dict[str, Any]:
     """The same of a record's JSON, which was read from `path`."""
     if isinstance(raw, dict) and "spec_version" in raw:
         check_version(raw["spec_version"], str(path))
@@ -120,7 +133,7 @@ def check_record(raw: Any, plan: Plan, shard: int, path: Path | str) -> dict[str
     return record
 
 
-def _repair(record: Path | str) -> str:
+def _repair(record: Place | str) -> str:
     return f"to make the shard again delete {record} and run the same harvest"
 
 
@@ -161,25 +174,29 @@ def _is_sum(text: Any) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{8}", text) is not None
 
 
-def recorded_shards(root: Path) -> list[int]:
+def recorded_shards(root: Place) -> list[int]:
     """The numbers of the shards that have a record, sound or not, in order."""
     return sorted(int(path.stem) for path in (root / RECORDS).glob("*.json") if re.fullmatch(r"\d{6,}", path.stem))
 
 
-def read_records(root: Path, plan: Plan) -> dict[int, dict[str, Any]]:
+def read_records(root: Place, plan: Plan) -> dict[int, dict[str, Any]]:
     """The commit record of each committed shard, in order. Raises CacheDamaged as `read_record` does."""
-    records = {}
-    for shard in recorded_shards(root):
+    shards = recorded_shards(root)
+    for shard in shards:
         if shard >= plan.n_shards:
             raise CacheDamaged(f"{root / record_file(shard)} is for a shard beyond the plan's {plan.n_shards}")
-        if (record := read_record(root, plan, shard)) is not None:
-            records[shard] = record
-    return records
+    if isinstance(root, StorePath):
+        sizes = root.sizes()
+        with ThreadPoolExecutor(_AT_ONCE, "records") as pool:
+            found = list(pool.map(lambda shard: read_record(root, plan, shard, sizes), shards))
+    else:
+        found = [read_record(root, plan, shard) for shard in shards]
+    return {shard: record for shard, record in zip(shards, found, strict=True) if record is not None}
 
 
-def committed_shards(path: str | Path, plan: Plan) -> tuple[int, ...]:
+def committed_shards(path: str | Place, plan: Plan) -> tuple[int, ...]:
     """The shards that are whole, in order: what a resumed harvest need not make again."""
-    return tuple(read_records(Path(path), plan))
+    return tuple(read_records(place_of(path), plan))
 
 
 def check_documents(

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from cache_spec.create import manifest
@@ -33,6 +32,7 @@ from cache_spec.layout import (
 from cache_spec.packing import packed_chunks, unpack
 from cache_spec.plan import HookPlan, Plan
 from cache_spec.state import parse_record, read_plan, read_root, recorded_shards, stored_bytes
+from cache_spec.store_path import Place, StorePath, place_of
 
 DAMAGED, UNFINISHED, LEFTOVER = "damaged", "unfinished", "leftover"
 Advance = Callable[[int], object]  # told the number of bytes just checked
@@ -47,13 +47,13 @@ class Problem:
     kind: str = DAMAGED
 
 
-def verify_cache(path: str | Path, *, advance: Advance = lambda n_bytes: None) -> list[Problem]:
+def verify_cache(path: str | Place, *, advance: Advance = lambda n_bytes: None) -> list[Problem]:
     """Read the whole cache and compare every checksum, index and document; an empty list means all is whole.
 
     Also reports missing shards, and files that belong to no committed shard. Raises CacheNotFound, CacheTooNew,
     CacheIncomplete (creation cut short), or CacheDamaged when there is no sound plan to compare with.
     """
-    root = Path(path)
+    root = place_of(path)
     plan = read_plan(root)
     shards = recorded_shards(root)
     records: dict[int, dict[str, Any]] = {}
@@ -68,9 +68,9 @@ def verify_cache(path: str | Path, *, advance: Advance = lambda n_bytes: None) -
     return problems
 
 
-def bytes_to_check(path: str | Path) -> int:
+def bytes_to_check(path: str | Place) -> int:
     """Bytes of all shards that have a record: what `verify_cache` reads. Raises as it does."""
-    root = Path(path)
+    root = place_of(path)
     plan = read_plan(root)
     n_bytes = 0
     for shard in recorded_shards(root):
@@ -82,7 +82,7 @@ def bytes_to_check(path: str | Path) -> int:
 
 
 def check_shard(
-    root: Path, plan: Plan, shard: int, records: dict[int, dict[str, Any]], advance: Advance = lambda n_bytes: None
+    root: Place, plan: Plan, shard: int, records: dict[int, dict[str, Any]], advance: Advance = lambda n_bytes: None
 ) -> Iterator[Problem]:
     """Problems of one shard that has a record; puts that into `records` if it is sound."""
     file = record_file(shard)
@@ -112,7 +112,7 @@ def check_shard(
 
 
 def activation_fault(
-    path: Path, plan: Plan, hook: HookPlan, shard: int, sums: list[str], advance: Advance = lambda n_bytes: None
+    path: Place, plan: Plan, hook: HookPlan, shard: int, sums: list[str], advance: Advance = lambda n_bytes: None
 ) -> str:
     """What is wrong with an activation file; empty if nothing. Reads one inner chunk at a time."""
     if not path.is_file():
@@ -131,7 +131,7 @@ def activation_fault(
 
 
 def packed_fault(
-    path: Path,
+    path: Place,
     plan: Plan,
     hook: HookPlan,
     shard: int,
@@ -153,7 +153,7 @@ def packed_fault(
     return ""
 
 
-def _array_fault(path: Path, size: int, checksum: str, advance: Advance) -> str:
+def _array_fault(path: Place, size: int, checksum: str, advance: Advance) -> str:
     """What is wrong with a file of one chunk and its CRC: a column's, or one of moments."""
     if not path.is_file():
         return "is missing"
@@ -165,7 +165,7 @@ def _array_fault(path: Path, size: int, checksum: str, advance: Advance) -> str:
     return "" if tail == bytes.fromhex(checksum)[::-1] else "has a wrong checksum or size"
 
 
-def _check_documents(root: Path, plan: Plan) -> Iterator[Problem]:
+def _check_documents(root: Place, plan: Plan) -> Iterator[Problem]:
     """The plan and each Zarr document below the root, all of which follow from the plan."""
     if (root / PLAN).read_bytes() != readable_json(plan.to_json()):
         yield Problem(PLAN, "is not spelled as it was written")
@@ -181,7 +181,7 @@ def _check_documents(root: Path, plan: Plan) -> Iterator[Problem]:
             yield Problem(file, "does not describe what the plan says")
 
 
-def _level(root: Path) -> int:
+def _level(root: Place) -> int:
     """Of compression; of a root that cannot be read, what is usual, since that is a problem of its own."""
     try:
         return archive_level(read_root(root))
@@ -189,13 +189,13 @@ def _level(root: Path) -> int:
         return 0
 
 
-def _check_profile(root: Path, records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
+def _check_profile(root: Place, records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
     for shard, record in records.items():
         if (ARCHIVE in record) != bool(_level(root)):
             yield Problem(record_file(shard), "is not of the profile that the root tells of")
 
 
-def _check_status(root: Path, plan: Plan, shards: list[int], records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
+def _check_status(root: Place, plan: Plan, shards: list[int], records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
     """The root group, and whether the shards and the manifest are what its status promises."""
     try:
         granary = read_root(root)
@@ -216,7 +216,7 @@ def _check_status(root: Path, plan: Plan, shards: list[int], records: dict[int, 
     yield from _check_manifest(root, plan, status, records)
 
 
-def _check_manifest(root: Path, plan: Plan, status: str, records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
+def _check_manifest(root: Place, plan: Plan, status: str, records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
     """A complete cache lists all records; one that was closed early may have gained shards since."""
     try:
         listed = check_seal(read_json(root / MANIFEST), root / MANIFEST).get("shards")
@@ -228,7 +228,7 @@ def _check_manifest(root: Path, plan: Plan, status: str, records: dict[int, dict
         yield Problem(MANIFEST, "does not list the commit records that are there")
 
 
-def _check_planner_files(root: Path, plan: Plan) -> Iterator[Problem]:
+def _check_planner_files(root: Place, plan: Plan) -> Iterator[Problem]:
     for file, wanted in planner_files(plan).items():
         if not (root / file).is_file():
             yield Problem(file, "is missing")
@@ -238,19 +238,24 @@ def _check_planner_files(root: Path, plan: Plan) -> Iterator[Problem]:
                 yield Problem(file, "fails its SHA-256")
 
 
-def _find_leftovers(root: Path, plan: Plan, shards: list[int]) -> Iterator[Problem]:
+def _find_leftovers(root: Place, plan: Plan, shards: list[int]) -> Iterator[Problem]:
     """Files that belong to no committed shard: of a writer at work, or of one that was stopped."""
     known = {ROOT, PLAN, MANIFEST, LOCK, *planner_files(plan), *map(record_file, shards)}
     known |= {f"{name}/{ROOT}" for name in zarr_documents(plan)}  # the names do not depend on the profile
     for shard in shards:
         known |= set(shard_files(plan, shard)) if shard < plan.n_shards else set()
-    for path in sorted(root.rglob("*")):
-        file = path.relative_to(root).as_posix()
-        if file not in known and not path.is_dir():
+    for file in _files_below(root):
+        if file not in known:
             yield Problem(file, "belongs to no committed shard", LEFTOVER)
 
 
-def verdict(path: str | Path, n_bytes: int, problems: list[Problem]) -> dict[str, Any]:
+def _files_below(root: Place) -> list[str]:
+    if isinstance(root, StorePath):
+        return root.files()
+    return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if not path.is_dir()]
+
+
+def verdict(path: str | Place, n_bytes: int, problems: list[Problem]) -> dict[str, Any]:
     """What `verify --json` prints; docs/shell.md has the keys."""
     return {
         "path": str(path),
@@ -260,13 +265,13 @@ def verdict(path: str | Path, n_bytes: int, problems: list[Problem]) -> dict[str
     }
 
 
-def raise_if_not_whole(path: str | Path, problems: list[Problem]) -> None:
+def raise_if_not_whole(path: str | Place, problems: list[Problem]) -> None:
     """Raises CacheDamaged with the names of the damaged files, or CacheIncomplete; leftovers are no harm."""
     damaged = [problem.file for problem in problems if problem.kind == DAMAGED]
     if damaged:
         shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
         mend = f"to make a shard again delete its record in {RECORDS}/ and run the harvest"
-        if _level(Path(path)):
+        if _level(place_of(path)):
             mend = "an archive is not mended; transcode its cache again, or unpack what is whole"
         raise CacheDamaged(f"{path} is damaged in {shown}; {mend}")
     for problem in problems:
