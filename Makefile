@@ -89,8 +89,8 @@ evaluate: setup  ## [RUNS= METRICS= PROBE_DATA= DEVICE=]: measure the runs, writ
 	$(PY) -m evaluate '$(RUNS)' $(if $(METRICS),--metrics $(METRICS)) $(if $(PROBE_DATA),--probe-data '$(PROBE_DATA)') \
 		$(if $(DEVICE),--device $(DEVICE))
 
-test: setup  ## all tests, offline
-	$(PY) -m pytest
+test: setup  ## all tests, offline, on two cores
+	$(PY) -m pytest -n 2 --dist loadfile
 
 check: setup  ## lint, format, types
 	$(PY) -m ruff check .
