@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cache_spec.errors import CacheDamaged, CacheError, CacheIncomplete, UserError
-from cache_spec.files import crc32c, read_json
+from cache_spec.files import crc32c
 from cache_spec.folder import Files, Folder
 from cache_spec.hook_point import HookPoint
 from cache_spec.layout import (
@@ -28,7 +28,7 @@ from cache_spec.layout import (
 )
 from cache_spec.moments import Moments, merge
 from cache_spec.plan import HookPlan, Plan, VariantPlan
-from cache_spec.state import check_documents, check_planner_files, read_plan, read_records, read_root
+from cache_spec.state import check_documents, check_planner_files, read_document, read_plan, read_records, read_root
 from cache_spec.verify import activation_fault
 
 
@@ -59,7 +59,7 @@ class ActivationCache:
         plan = read_plan(root)
         attributes = read_root(root)
         records = read_records(root, plan)
-        check_documents(lambda file: read_json(root / file), str(root), plan, attributes, records)
+        check_documents(lambda file: read_document(root, file), str(root), plan, attributes, records)
         check_planner_files(root, plan)
         return cls.of(root, Folder(root), plan, attributes, records, allow_partial=allow_partial, check=check)
 

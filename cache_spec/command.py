@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cache_spec.errors import DiskFull, UserError
+from cache_spec.untrusted import printable
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 _STOPPED = "stopped by Ctrl-C or a signal; what was finished is kept"
@@ -26,6 +27,8 @@ _IF_NAMED = {  # the same, where the system names a file; without one it is a de
     errno.ENOTDIR: "a part of the path is a file; give another path",
     errno.EISDIR: "a file is wanted there; give another path",
     errno.EEXIST: "move it away or give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "links lead to each other there; give another path",
     errno.EIO: "the disk failed; check it, or choose another folder",
 }
 
@@ -36,7 +39,9 @@ def run_command(app: Callable[[], Any]) -> None:
     A KeyboardInterrupt may carry what to do to go on, which ends the sentence. Any other exception is a defect of
     ours and keeps its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     try:
         app()
     except UserError as error:
@@ -85,6 +90,13 @@ def heed(*numbers: signal.Signals) -> None:
             signal.signal(number, signal.default_int_handler)
 
 
+class _Printable(logging.Formatter):
+    """Lines of the log; names that a stranger chose are among them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _stopped(end: BaseException) -> str:
     """The sentence for Ctrl-C, and what the KeyboardInterrupt behind `end` says, if anything."""
     seen: BaseException | None = end
@@ -96,7 +108,7 @@ def _stopped(end: BaseException) -> str:
 
 
 def _stop(sentence: str, exit_code: int) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(printable(f"error: {sentence}"), file=sys.stderr)
     # CPython remembers a Ctrl-C that came through an `exec` of text (which every dataclass does when it is made) and
     # would end by that signal, whatever the exit code. An `exec` that goes well makes it forget.
     exec("")

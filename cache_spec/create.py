@@ -32,8 +32,9 @@ from cache_spec.layout import (
     zarr_documents,
 )
 from cache_spec.plan import Plan, check_plan
-from cache_spec.state import is_ours, read_plan, read_records, read_root
+from cache_spec.state import NO_LINKS, is_ours, read_plan, read_records, read_root
 from cache_spec.store_path import Place, StorePath, place_of
+from cache_spec.untrusted import refuse_links
 
 _PACKAGES = ("numpy", "torch", "transformers")  # what decides the numbers, if it is installed
 
@@ -171,6 +172,7 @@ def _refuse_foreign_files(root: Path, plan: Plan) -> None:
         raise CacheConflict(f"{root} is a file; give a folder that is new or empty")
     allowed = {INTERNAL}
     if is_ours(root):
+        refuse_links(root, NO_LINKS)
         allowed |= {ROOT, *(name.split("/")[0] for name in zarr_documents(plan))}
     foreign = sorted(entry.name for entry in root.iterdir() if not entry.name.endswith(PARTIAL))
     foreign = [name for name in foreign if name not in allowed]

@@ -7,7 +7,6 @@ tell a file in progress from one that a killed process left behind, on any host 
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import uuid
@@ -19,7 +18,8 @@ from typing import Any
 import google_crc32c
 
 from cache_spec.errors import CacheDamaged, DiskFull
-from cache_spec.store_path import Place
+from cache_spec.store_path import Place, StorePath
+from cache_spec.untrusted import MOST_BYTES, json_of, read_bounded
 
 PARTIAL = ".partial"  # the end of every temporary name
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -53,12 +53,18 @@ def check_seal(sealed: Any, path: Place | str) -> dict[str, Any]:
     return facts
 
 
-def read_json(path: Place) -> Any:
-    """Parsed JSON; raises CacheDamaged if the file is missing, cut short or mangled, or holds NaN or infinity."""
+def read_json(path: Place, most: int = MOST_BYTES) -> Any:
+    """Parsed JSON; raises CacheDamaged if the file is missing, cut short or mangled, or holds NaN or infinity.
+
+    So it does for one of more than `most` bytes, or with lists and objects too deep in each other.
+    """
     try:
-        return parse_json(path.read_bytes(), path)
-    except FileNotFoundError:
+        data = path.read_bytes() if isinstance(path, StorePath) else read_bounded(path, most)
+    except (FileNotFoundError, NotADirectoryError):
         raise CacheDamaged(f"{path} is missing") from None
+    except ValueError as error:
+        raise CacheDamaged(f"{path} cannot be read: {error}") from None
+    return parse_json(data, path)
 
 
 def parse_json(data: bytes, where: Place | str) -> Any:
@@ -66,16 +72,9 @@ def parse_json(data: bytes, where: Place | str) -> Any:
     try:
         if not data.endswith(b"\n"):  # the only byte whose loss JSON would not notice
             raise ValueError("its end is missing")
-        return json.loads(data, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        return json_of(data, finite=True)
+    except ValueError as error:
         raise CacheDamaged(f"{where} is not JSON ({error}); it was changed after it was written") from None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no number")
-    return number
 
 
 class Partial:

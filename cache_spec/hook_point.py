@@ -7,11 +7,13 @@ from cache_spec.errors import UserError
 
 SITES = ("resid_post", "resid_pre", "mlp_out", "attn_out")
 
+_LAYER = "[0-9]{1,6}"
+
 # Spelling -> site; `{layer}` stands for the number. The first match wins.
 _SPELLINGS = (
-    (r"(\d+)", "resid_post"),
-    (r"layer_(\d+)", "resid_post"),
-    (r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d+)", "resid_post"),
+    (rf"({_LAYER})", "resid_post"),
+    (rf"layer_({_LAYER})", "resid_post"),
+    (rf"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.({_LAYER})", "resid_post"),
 )
 
 
@@ -34,12 +36,12 @@ class HookPoint:
         for pattern, site in _SPELLINGS:
             if match := re.fullmatch(pattern, text):
                 return cls(site, int(match[1]))
-        if match := re.fullmatch(rf"({sites})\.(\d+)", text):
+        if match := re.fullmatch(rf"({sites})\.({_LAYER})", text):
             return cls(match[1], int(match[2]))
-        if match := re.fullmatch(rf"(?:blocks\.(\d+)\.hook_|layer_(\d+)_)({sites})", text):
+        if match := re.fullmatch(rf"(?:blocks\.({_LAYER})\.hook_|layer_({_LAYER})_)({sites})", text):
             return cls(match[3], int(match[1] or match[2]))
         raise UserError(
-            f"'{text}' is not a hook point; write a layer (12, layers.12) or a site and a layer, "
+            f"'{text:.60}' is not a hook point; write a layer (12, layers.12) or a site and a layer, "
             f"such as resid_post.12 (sites: {', '.join(SITES)})"
         )
 

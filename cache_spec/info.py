@@ -9,6 +9,7 @@ from cache_spec.cache import ActivationCache
 from cache_spec.layout import PLAN, activation_array, activation_file, cache_bytes, shard_files
 from cache_spec.plan import HookPlan, Plan, VariantPlan
 from cache_spec.state import stored_bytes
+from cache_spec.untrusted import printable
 
 
 def describe(cache: ActivationCache) -> str:
@@ -36,7 +37,7 @@ def describe(cache: ActivationCache) -> str:
         ),
         ("", f'or zarr.open("{cache.path}")["{activation_array(plan.hooks[0].name, plan.variants[0].name)}"]'),
     ]
-    return "\n".join([str(cache.path), *(f"  {name:<11}{text}" for name, text in rows)])
+    return printable("\n".join([str(cache.path), *(f"  {name:<11}{text}" for name, text in rows)]))
 
 
 def summary(cache: ActivationCache) -> dict[str, Any]:

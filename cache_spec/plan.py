@@ -18,6 +18,10 @@ SPEC_VERSION = "1.1"
 MAX_COUNT = 2**32 - 1  # document and window numbers are 32 bits, and the largest is the fill value
 MAX_WINDOW_TOKENS = 2**16 - 1  # likewise for positions
 MAX_VARIANTS = 9  # clean and one bit of `mask` for each other
+MAX_ROWS = 2**48  # rows, and bytes of a file, fit 63 bits with room to spare
+MAX_CHUNKS = 2**20  # inner chunks of a file, whose index is read at once
+MAX_CHUNK_BYTES = 2**30  # of an inner chunk, which is read at once
+MAX_NAME = 64  # letters of a variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,9 @@ class Plan:
         if fault := find_fault(plan):
             raise CacheDamaged(f"{where} contradicts itself: {fault}")
         if cache_id != plan.cache_id:
-            raise CacheDamaged(f"{where} hashes to {plan.cache_id}, not to its cache_id {cache_id}; it was changed")
+            raise CacheDamaged(
+                f"{where} hashes to {plan.cache_id}, not to its cache_id {cache_id!s:.60}; it was changed"
+            )
         return plan
 
 
@@ -119,7 +125,7 @@ def check_version(version: Any, where: str) -> None:
     """Raises CacheTooNew for another major version than ours, CacheDamaged for something that is no version."""
     match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
     if match is None:
-        raise CacheDamaged(f"{where} has spec_version {version!r}, which is no version such as {SPEC_VERSION}")
+        raise CacheDamaged(f"{where} has spec_version {version!r:.60}, which is no version such as {SPEC_VERSION}")
     if match[1] != SPEC_VERSION.split(".")[0]:
         raise CacheTooNew(
             f"{where} has spec_version {version} and this granary reads {SPEC_VERSION}; use the granary that wrote it"
@@ -132,7 +138,7 @@ def _read(cls: type, facts: Any, where: str) -> Any:
         raise CacheDamaged(f"{where} is not a JSON object")
     wanted = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(facts) - wanted):
-        raise CacheDamaged(f"{where} has the unknown field '{unknown[0]}'")
+        raise CacheDamaged(f"{where} has the unknown field '{unknown[0]:.60}'")
     if missing := sorted(wanted - set(facts)):
         raise CacheDamaged(f"{where} lacks the field '{missing[0]}'")
     hints = get_type_hints(cls)
@@ -192,22 +198,30 @@ def _conditions(plan: Plan) -> list[tuple[bool, str]]:
     variants = [variant.name for variant in plan.variants]
     n_windows = plan.n_train_windows + plan.n_held_out_windows
     split = plan.n_train_rows
-    sizes = plan.chunk_rows > 0 and plan.shard_rows > 0
+    sizes = 0 < plan.chunk_rows <= plan.shard_rows <= MAX_ROWS
     conditions = [
-        (plan.n_rows > 0, f"n_rows is {plan.n_rows}, and a cache has at least one row"),
-        (sizes, "shard_rows and chunk_rows must be positive"),
+        (0 < plan.n_rows <= MAX_ROWS, f"n_rows is {plan.n_rows}, and a cache has at least one row, at most {MAX_ROWS}"),
+        (sizes, f"shard_rows and chunk_rows must be positive, chunk_rows the smaller, and at most {MAX_ROWS}"),
         (
             sizes and plan.shard_rows % plan.chunk_rows == 0,
             f"shard_rows {plan.shard_rows} is no multiple of chunk_rows",
+        ),
+        (
+            sizes and plan.shard_rows // plan.chunk_rows <= MAX_CHUNKS,
+            f"a shard of {plan.shard_rows} rows has more than {MAX_CHUNKS} inner chunks",
+        ),
+        (
+            all(2 * plan.chunk_rows * hook.d_model <= MAX_CHUNK_BYTES for hook in plan.hooks),
+            f"an inner chunk of {plan.chunk_rows} rows has more than {MAX_CHUNK_BYTES} bytes",
         ),
         (0 <= split <= plan.n_rows, f"n_train_rows {split} is not between 0 and n_rows"),
         (sizes and (split == plan.n_rows or split % plan.shard_rows == 0), f"n_train_rows {split} splits a shard"),
         (0 < plan.window_tokens <= MAX_WINDOW_TOKENS, f"window_tokens must be 1 to {MAX_WINDOW_TOKENS}"),
         (min(plan.n_train_windows, plan.n_held_out_windows) >= 0, "a number of windows is negative"),
         (n_windows <= MAX_COUNT, f"{n_windows} windows are more than {MAX_COUNT}"),
-        (plan.row_order in ("shuffled_within_shard", "sequence"), f"row_order '{plan.row_order}' is unknown"),
-        (bool(names) and len(set(names)) == len(names), f"hooks must be one or more, each once: {names}"),
-        (variants[:1] == ["clean"], f"the first variant must be clean: {variants}"),
+        (plan.row_order in ("shuffled_within_shard", "sequence"), f"row_order '{plan.row_order:.60}' is unknown"),
+        (bool(names) and len(set(names)) == len(names), f"hooks must be one or more, each once: {names!s:.200}"),
+        (variants[:1] == ["clean"], f"the first variant must be clean: {variants!s:.200}"),
         (len(set(variants)) == len(variants) <= MAX_VARIANTS, f"variants must differ and be at most {MAX_VARIANTS}"),
     ]
     return [*conditions, *map(_hook_condition, plan.hooks), *map(_variant_condition, plan.variants)]
@@ -221,12 +235,17 @@ def _hook_condition(hook: HookPlan) -> tuple[bool, str]:
     scale = hook.scale_factor
     power = math.isfinite(scale) and scale > 0 and math.frexp(scale)[0] == 0.5
     sound = hook.name == point.group and hook.d_model > 0 and power
-    return sound, f"hook '{hook.name}' needs the name {point.group}, a positive d_model and a power of two to scale by"
+    return (
+        sound,
+        f"hook '{hook.name:.60}' needs the name {point.group}, a positive d_model and a power of two to scale by",
+    )
 
 
 def _variant_condition(variant: VariantPlan) -> tuple[bool, str]:
     kinds = ("clean",) if variant.name == "clean" else ("mask", "mask_word", "random")
     # a name that ends like a moment could be that of another variant's array
     named = re.fullmatch(r"[a-z][a-z0-9_]*(?<!_mean)(?<!_m2)", variant.name) is not None
+    named = named and len(variant.name) <= MAX_NAME
     sound = named and variant.kind in kinds and 0.0 <= variant.mask_prob <= 1.0
-    return sound, f"variant '{variant.name}' needs a lower-case name, a kind of {kinds} and a probability from 0 to 1"
+    wanted = f"a lower-case name of at most {MAX_NAME} letters, a kind of {kinds} and a probability from 0 to 1"
+    return sound, f"variant '{variant.name:.60}' needs {wanted}"

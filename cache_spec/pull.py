@@ -20,6 +20,7 @@ from cache_spec.layout import COMPLETE, HARVESTING, INTERNAL, LOCK, PLAN, ROOT, 
 from cache_spec.plan import Plan
 from cache_spec.state import read_plan, read_record, read_root
 from cache_spec.transcode import copy_planner_file, refuse_foreign
+from cache_spec.untrusted import MOST_BYTES
 from cache_spec.verify import check_shard
 
 _INCOMING = f"{INTERNAL}/incoming"  # what has arrived and is not compared yet; goes when the cache is whole
@@ -61,11 +62,15 @@ def plan_pull(repository: Repository, revision: str | None = None) -> CachePull:
         raise unfinished
     with tempfile.TemporaryDirectory() as folder:
         for file in (PLAN, ROOT):
+            if remote.files[file].size > MOST_BYTES:
+                raise CacheDamaged(f"{file} of '{name}' has {remote.files[file].size:,} bytes, so it is no {file}")
             fetch(repository, file, remote.commit, Path(folder))
         plan, granary = read_plan(Path(folder)), read_root(Path(folder))
     if granary.get("cache_id") != plan.cache_id:
         raise CacheDamaged(f"'{name}' has the plan of one cache and the root of another; push it again")
     if granary["status"] != COMPLETE or plan.n_shards > len(remote.files):
+        raise unfinished
+    if not set(planner_files(plan)) <= set(remote.files):
         raise unfinished
     if not all({*shard_files(plan, s), record_file(s)} <= set(remote.files) for s in range(plan.n_shards)):
         raise unfinished

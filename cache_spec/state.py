@@ -31,15 +31,17 @@ from cache_spec.layout import (
 )
 from cache_spec.plan import Plan, check_version
 from cache_spec.store_path import Place, StorePath, place_of
+from cache_spec.untrusted import MOST_BYTES, refuse_links
 
 _AT_ONCE = 16  # records fetched from a store
+NO_LINKS = "a cache has none: put the file itself there, or fetch the cache again"
 
 
 def read_plan(root: Place) -> Plan:
     """The plan of the cache at `root`.
 
     Raises CacheNotFound if there is no cache, CacheIncomplete if its creation was cut short, CacheTooNew or
-    CacheDamaged if the plan cannot be used.
+    CacheDamaged if the plan cannot be used, and CacheDamaged for a folder with a link in it.
     """
     if not root.exists():
         raise CacheNotFound(f"there is nothing at {root}; `python -m harvest --out {root}` makes a cache there")
@@ -49,7 +51,18 @@ def read_plan(root: Place) -> Plan:
         if is_ours(root):
             raise CacheIncomplete(f"{root} was being created when its writer stopped; run the same harvest again")
         raise CacheNotFound(f"{root} is a folder but no activation cache: it has no {PLAN}; give the cache's folder")
+    if isinstance(root, StorePath):
+        _refuse_large(root)
+    else:
+        refuse_links(root, NO_LINKS)
     return Plan.from_json(read_json(root / PLAN), where=str(root / PLAN))
+
+
+def _refuse_large(root: StorePath) -> None:
+    """Raises CacheDamaged if a document of a cache in a store, all of which are read whole, is larger than any is."""
+    for file in (PLAN, ROOT):
+        if (root.store.size((root / file).key) or 0) > MOST_BYTES:
+            raise CacheDamaged(f"{root / file} has more than {MOST_BYTES:,} bytes, so it is none")
 
 
 def is_ours(root: Place) -> bool:
@@ -60,7 +73,8 @@ def is_ours(root: Place) -> bool:
         document = read_json(root / ROOT)
     except CacheDamaged:
         return False
-    return isinstance(document, dict) and "granary" in (document.get("attributes") or {})
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    return isinstance(attributes, dict) and "granary" in attributes
 
 
 def read_root(root: Place) -> dict[str, Any]:
@@ -76,11 +90,13 @@ def check_root(document: Any, path: Place | str) -> dict[str, Any]:
         raise CacheDamaged(f"{path} has no granary attributes; it was changed after it was written")
     check_version(granary.get("spec_version"), str(path))
     granary = check_seal(granary, path)
+    if not isinstance(granary.get("cache_id"), str):
+        raise CacheDamaged(f"{path} has the cache_id {granary.get('cache_id')!r:.60}, which is none")
     if granary.get("status") not in (HARVESTING, PARTIAL_STATUS, COMPLETE):
-        raise CacheDamaged(f"{path} has the unknown status {granary.get('status')!r}")
+        raise CacheDamaged(f"{path} has the unknown status {granary.get('status')!r:.60}")
     level = granary.get("level")
     if "profile" in granary and not (granary["profile"] == ARCHIVE and type(level) is int and 1 <= level <= 9):
-        raise CacheDamaged(f"{path} has the unknown profile {granary['profile']!r} of level {level!r}")
+        raise CacheDamaged(f"{path} has the unknown profile {granary['profile']!r:.60} of level {level!r:.60}")
     return granary
 
 
@@ -141,16 +157,18 @@ def _record_fault(record: dict[str, Any], plan: Plan, shard: int) -> str:
     wanted = {"cache_id": plan.cache_id, "shard": shard, "rows": plan.rows_in(shard)}
     for key, value in wanted.items():
         if record.get(key) != value:
-            return f"has {key} {record.get(key)!r} and this cache wants {value!r}"
+            return f"has {key} {record.get(key)!r:.60} and this cache wants {value!r}"
     n_moment_rows = record.get("moment_rows")
     if plan.has_moments and not (type(n_moment_rows) is int and 0 <= n_moment_rows <= plan.rows_in(shard)):
-        return f"has {n_moment_rows!r} for moment_rows"
+        return f"has {n_moment_rows!r:.60} for moment_rows"
     sizes, activations = shard_files(plan, shard), activation_files(plan, shard)
     if fault := _files_fault(record.get("files"), plan, shard, set(sizes)):
         return fault
     for file, facts in record["files"].items():
         if facts.get("bytes") != sizes[file]:
             return f"says {file} has {facts.get('bytes')} bytes and this plan wants {sizes[file]}"
+        if file in activations and type(facts.get("absmax")) is not float:
+            return f"has no absmax for {file}"
     if ARCHIVE in record:
         return _files_fault(record[ARCHIVE], plan, shard, set(activations))
     return ""
@@ -165,7 +183,7 @@ def _files_fault(files: Any, plan: Plan, shard: int, wanted: set[str]) -> str:
         sums = facts.get("crc32c") if isinstance(facts, dict) else None
         if not isinstance(sums, list) or len(sums) != n_sums or not all(map(_is_sum, sums)):
             return f"has no {n_sums} checksums for {file}"
-        if type(facts.get("bytes")) is not int:
+        if type(facts.get("bytes")) is not int or facts["bytes"] < 0:
             return f"has no size for {file}"
     return ""
 
@@ -187,6 +205,8 @@ def read_records(root: Place, plan: Plan) -> dict[int, dict[str, Any]]:
             raise CacheDamaged(f"{root / record_file(shard)} is for a shard beyond the plan's {plan.n_shards}")
     if isinstance(root, StorePath):
         sizes = root.sizes()
+        if large := next((file for file, n in sizes.items() if file.startswith(RECORDS) and n > MOST_BYTES), ""):
+            raise CacheDamaged(f"{root / large} has more than {MOST_BYTES:,} bytes, so it is no record")
         with ThreadPoolExecutor(_AT_ONCE, "records") as pool:
             found = list(pool.map(lambda shard: read_record(root, plan, shard, sizes), shards))
     else:
@@ -197,6 +217,17 @@ def read_records(root: Place, plan: Plan) -> dict[int, dict[str, Any]]:
 def committed_shards(path: str | Place, plan: Plan) -> tuple[int, ...]:
     """The shards that are whole, in order: what a resumed harvest need not make again."""
     return tuple(read_records(place_of(path), plan))
+
+
+def read_document(root: Place, file: str) -> Any:
+    """The JSON of a small file of the cache; the manifest, which repeats every record, may be larger than the others.
+
+    Raises CacheDamaged.
+    """
+    if isinstance(root, StorePath):
+        return read_json(root / file)
+    n_bytes = sum(path.stat().st_size for path in (root / RECORDS).glob("*.json")) if file == MANIFEST else 0
+    return read_json(root / file, MOST_BYTES + 2 * n_bytes)
 
 
 def check_documents(
@@ -222,5 +253,6 @@ def check_planner_files(root: Path, plan: Plan) -> None:
     for file in planner_files(plan):
         try:
             np.load(root / file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
+        except (OSError, ValueError, TypeError, EOFError, ArithmeticError, SyntaxError, TokenError) as error:
+            # numpy parses the header as Python, and what it says may be no shape and no type
             raise CacheDamaged(f"{root / file} is missing, cut short or changed ({error}); harvest it again") from None

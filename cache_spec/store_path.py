@@ -88,6 +88,13 @@ def place_of(text: str | Place, patience: Patience = Patience()) -> Place:
     return Path(text) if isinstance(text, str) else text
 
 
+def size_of(path: Place) -> int | None:
+    """The bytes of a file or object; None if there is none."""
+    if isinstance(path, StorePath):
+        return path.store.size(path.key)
+    return path.stat().st_size if path.is_file() else None
+
+
 class _Pieces(io.RawIOBase):
     """An object read in pieces, a few of them ahead."""
 

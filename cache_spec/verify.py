@@ -18,6 +18,7 @@ from cache_spec.layout import (
     PLAN,
     RECORDS,
     ROOT,
+    activation_file_bytes,
     activation_files,
     archive_level,
     chunk_bytes,
@@ -31,8 +32,8 @@ from cache_spec.layout import (
 )
 from cache_spec.packing import packed_chunks, unpack
 from cache_spec.plan import HookPlan, Plan
-from cache_spec.state import parse_record, read_plan, read_root, recorded_shards, stored_bytes
-from cache_spec.store_path import Place, StorePath, place_of
+from cache_spec.state import parse_record, read_document, read_plan, read_root, recorded_shards, stored_bytes
+from cache_spec.store_path import Place, StorePath, place_of, size_of
 
 DAMAGED, UNFINISHED, LEFTOVER = "damaged", "unfinished", "leftover"
 Advance = Callable[[int], object]  # told the number of bytes just checked
@@ -115,8 +116,10 @@ def activation_fault(
     path: Place, plan: Plan, hook: HookPlan, shard: int, sums: list[str], advance: Advance = lambda n_bytes: None
 ) -> str:
     """What is wrong with an activation file; empty if nothing. Reads one inner chunk at a time."""
-    if not path.is_file():
+    if (found := size_of(path)) is None:
         return "is missing"
+    if found != activation_file_bytes(plan, hook, shard):  # before memory is asked for by the plan
+        return "has a wrong size"
     size, index = chunk_bytes(plan, hook), plain_index(plan, hook, shard)
     with path.open("rb") as file:
         for chunk in range(chunks_in(plan, shard)):
@@ -127,7 +130,7 @@ def activation_fault(
                 return f"fails its checksum in rows {first} to {first + plan.chunk_rows - 1}"
         tail = file.read(len(index) + 1)
         advance(len(tail))
-    return "" if tail == index else "has a wrong index or size"
+    return "" if tail == index else "has a wrong index"
 
 
 def packed_fault(
@@ -155,14 +158,16 @@ def packed_fault(
 
 def _array_fault(path: Place, size: int, checksum: str, advance: Advance) -> str:
     """What is wrong with a file of one chunk and its CRC: a column's, or one of moments."""
-    if not path.is_file():
+    if (found := size_of(path)) is None:
         return "is missing"
+    if found != size + CHECKSUM_BYTES:
+        return "has a wrong size"
     data = path.read_bytes()
     advance(len(data))
     values, tail = data[:size], data[size:]
     if f"{crc32c(values):08x}" != checksum:
         return "fails its checksum"
-    return "" if tail == bytes.fromhex(checksum)[::-1] else "has a wrong checksum or size"
+    return "" if tail == bytes.fromhex(checksum)[::-1] else "has a wrong checksum"
 
 
 def _check_documents(root: Place, plan: Plan) -> Iterator[Problem]:
@@ -219,7 +224,7 @@ def _check_status(root: Place, plan: Plan, shards: list[int], records: dict[int,
 def _check_manifest(root: Place, plan: Plan, status: str, records: dict[int, dict[str, Any]]) -> Iterator[Problem]:
     """A complete cache lists all records; one that was closed early may have gained shards since."""
     try:
-        listed = check_seal(read_json(root / MANIFEST), root / MANIFEST).get("shards")
+        listed = check_seal(read_document(root, MANIFEST), root / MANIFEST).get("shards")
     except CacheDamaged as error:
         yield Problem(MANIFEST, str(error))
         return

@@ -1,12 +1,12 @@
 """Training curves: what log.jsonl says of every run, thinned, as the mean over the seeds of a recipe."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cache_spec.untrusted import json_of
 from evaluate.frontier import Figure, Line, Panel, axes, path_of, x_of, y_of
 from evaluate.recipes import Recipe, Result
 from evaluate.scale import Scale
@@ -29,14 +29,14 @@ Log = dict[str, np.ndarray]  # key -> [n_lines], NaN where it says nothing
 def read_log(folder: Path) -> Log | None:
     """At most MAX_POINTS evenly spaced lines of a run's log, the last among them; None if there is none to read."""
     try:
-        lines = (folder / LOG).read_text().splitlines()
+        lines = (folder / LOG).read_bytes().splitlines()
         chosen = np.unique(np.linspace(0, len(lines) - 1, min(MAX_POINTS, len(lines))).round().astype(int))
-        facts = [json.loads(lines[i]) for i in chosen]
+        facts = [json_of(lines[i]) for i in chosen]
         return {
             key: np.array([math.nan if line.get(key) is None else float(line[key]) for line in facts])
             for key in ("tokens", *QUANTITIES)
         }
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ValueError):
+    except (OSError, AttributeError, TypeError, ValueError, OverflowError):
         return None
 
 

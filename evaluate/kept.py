@@ -1,7 +1,6 @@
 """Kept measurements: the report of a case is taken again if nothing that decides its numbers has changed."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from cache_spec.files import canonical_json, readable_json, write_file
+from cache_spec.untrusted import json_of
 
 ROOT = Path(__file__).parent.parent
 ALL = ("cache_spec", "harvest", "train", "evaluate")
@@ -57,7 +57,7 @@ def fingerprint(facts: Mapping[str, Any], *, device: str, metrics: Sequence[str]
 def read_kept(path: Path, wanted: str) -> dict[str, Any] | None:
     """The report in a file if it has this fingerprint, else None: the case is measured, and the file replaced."""
     try:
-        report = json.loads(path.read_bytes())
+        report = json_of(path.read_bytes())
     except (OSError, ValueError):
         return None
     return report if isinstance(report, dict) and report.get("fingerprint") == wanted else None

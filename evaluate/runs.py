@@ -1,13 +1,12 @@
 """Runs: the trained SAEs under a folder, and the cache each was trained on."""
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError
+from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from evaluate.recipes import DROPOUT, NOISE, RANDOM_TOKEN, SMALL
 from train.run_folder import COMPLETE, FACTS, FAILED, failure_of
 
@@ -175,8 +174,16 @@ def _setting(facts: dict[str, Any], key: tuple[str, str]) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = read_bounded(file)
+        if file.parent.is_symlink():
+            raise UserError("it is a link; move or copy the run itself there, for its report is written beside it")
+        refuse_links(file.parent, "a run's folder has none: put the file itself there")
+        facts = json_of(data)
+    except CacheError as error:
+        raise UserError(str(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{FACTS} is not JSON ({error}); {AGAIN}") from error
     except OSError as error:
         raise UserError(f"{FACTS} cannot be read ({error.strerror}); see to that, or move its folder away") from error
@@ -224,7 +231,7 @@ def _whole(name: str, value: object, *, least: int = 0, most: int | None = None)
 
 
 def _positive(name: str, value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300:
         return float(value)
     raise UserError(f"{FACTS} says {name} is {value!r}, and a finite number above 0 is wanted; {AGAIN}")
 

@@ -94,11 +94,12 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
 
 def _text_of(line: bytes, where: str) -> str:
     try:
-        return checked_text(json.loads(line)["text"], where, "text")
+        text = json.loads(line)["text"]
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text; convert the file") from error
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{where} is no JSON object with a field 'text'") from error
+    return checked_text(text, where, "text")
 
 
 def checked_text(value: Any, where: str, column: str) -> str:

@@ -5,7 +5,6 @@ Adding a short name is one row of SHORT_NAMES.
 
 import fnmatch
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from cache_spec.errors import UserError
+from cache_spec.untrusted import json_of, read_bounded
 from harvest import embedded
 
 
@@ -169,8 +169,21 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
     if (folder / _INDEX).is_file():
-        return sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        return _indexed(folder / _INDEX)
     return []
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it."""
+    try:
+        facts = json_of(read_bounded(index))
+    except ValueError as error:
+        raise UserError(f"{index} is not JSON ({error}); download the model again") from None
+    files = facts.get("weight_map") if isinstance(facts, dict) else None
+    names = list(files.values()) if isinstance(files, dict) else [None]
+    if not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise UserError(f"{index} does not name files beside it; download the model again")
+    return sorted(set(names))
 
 
 def _is_complete(folder: Path, weights: bool) -> bool:

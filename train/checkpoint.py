@@ -6,6 +6,7 @@ before, and a damaged file costs a few steps, not the run.
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from safetensors.torch import load, save
 
 from cache_spec.errors import CacheDamaged, UserError
 from cache_spec.files import check_seal, crc32c, disk_full_as_error, read_json, readable_json, seal
+from cache_spec.untrusted import json_of, read_bounded
 from train.run_folder import GO_ON, LOG, STATE, write_whole
 from train.step import TrainRun
+from train.stored import MOST_WEIGHTS
 
 N_KEPT = 2
 _log = logging.getLogger(__name__)
@@ -93,21 +96,36 @@ def append_log(folder: Path, facts: dict[str, Any]) -> None:
 
 def last_logged(folder: Path) -> dict[str, Any]:
     """The last line of log.jsonl; empty without one."""
-    lines = (folder / LOG).read_text().splitlines() if (folder / LOG).exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    lines = (folder / LOG).read_bytes().splitlines() if (folder / LOG).exists() else []
+    return (_logged(lines[-1]) or {}) if lines else {}
+
+
+def _logged(line: bytes) -> dict[str, Any] | None:
+    """A line of log.jsonl; None if it is none, as a kill or a full disk leaves it."""
+    try:
+        facts = json_of(line)
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) and type(facts.get("step")) is int else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The JSON files of the checkpoints, the newest first."""
-    return sorted((folder / STATE).glob("step_*.json"), reverse=True)
+    files = (folder / STATE).glob("step_*.json")
+    return sorted((file for file in files if re.fullmatch("step_[0-9]{9,15}", file.stem)), reverse=True)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], int]:
     """Tensors and number of steps. Raises CacheDamaged, OSError, SafetensorError or KeyError if anything is wrong."""
     facts = check_seal(read_json(file), file)
     tensors = file.with_suffix(".safetensors")
-    data = tensors.read_bytes()
-    if f"{crc32c(data):08x}" != facts["tensors_crc32c"]:
+    if type(facts.get("n_done")) is not int or int(file.stem.removeprefix("step_")) != facts["n_done"]:
+        raise CacheDamaged(f"{file} is of step {facts.get('n_done')!r:.40}, not of the step in its name")
+    try:
+        data = read_bounded(tensors, MOST_WEIGHTS)
+    except ValueError as error:
+        raise CacheDamaged(f"{tensors} cannot be read: {error}") from None
+    if f"{crc32c(data):08x}" != facts.get("tensors_crc32c"):
         raise CacheDamaged(f"{tensors} has {len(data):,} bytes that do not match the checksum in {file.name}")
     return load(data), facts["n_done"]
 
@@ -117,11 +135,9 @@ def _cut_log(log: Path, n_done: int) -> None:
     if not log.exists():
         return
     kept = []
-    for line in log.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] > n_done:
-                break
-        except json.JSONDecodeError:
+    for line in log.read_bytes().splitlines():
+        facts = _logged(line)
+        if facts is None or facts["step"] > n_done:
             break
-        kept.append(line + "\n")
-    write_whole(log, "".join(kept).encode())
+        kept.append(line + b"\n")
+    write_whole(log, b"".join(kept))

@@ -1,5 +1,6 @@
 """SAEs of any tool whose folders we know: which one a folder is of, and what is in it."""
 
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -8,11 +9,13 @@ import torch
 from cache_spec.errors import UserError
 from train.names import available, find
 from train.run_folder import FACTS, load_run
-from train.stored import Stored, is_unit
+from train.stored import Stored, is_unit, refuse_links_in
 
 
 def format_of(folder: Path) -> ModuleType:
     """The module in formats/ for a folder, known by its weights. Raises UserError that starts with what is wrong."""
+    if folder.is_dir():
+        refuse_links_in(folder)
     formats = [find("formats", name) for name in available("formats")]
     weights = " or ".join(module.FILES[-1] for module in sorted(formats, key=lambda module: module.FILES[-1]))
     there = [module for module in formats if (folder / module.FILES[-1]).is_file()]
@@ -34,7 +37,9 @@ def read_folder(folder: Path) -> Stored:
     """
     l0 = None
     if (folder / FACTS).exists():
-        l0 = (load_run(folder).facts.get("held_out") or {}).get("l0")  # says so if the run is not whole
+        held_out = load_run(folder).facts.get("held_out")  # says so if the run is not whole
+        l0 = held_out.get("l0") if isinstance(held_out, dict) else None
+        l0 = l0 if isinstance(l0, int | float) and 0 < l0 < math.inf else None
     try:
         stored: Stored = format_of(folder).read(folder)
     except UserError as error:

@@ -3,7 +3,6 @@
 All files go in one commit, so a repository holds all of them or none. What names a place on this machine stays here.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,9 +24,11 @@ from cache_spec.hub import (
     look,
     make,
 )
+from cache_spec.untrusted import json_of, read_bounded
 from train.run_folder import CFG, FACTS, LOG, STATE, WEIGHTS, holds_files, load_run
 
 REPORT = "report.json"
+MOST_REPORT = 2**30  # bytes of one; that over all runs has every number of each
 _OF_A_RUN = {CFG, WEIGHTS, FACTS, LOG, REPORT, STATE}
 _OF_RUNS = {REPORT, "report.html"}
 _ID = re.compile(r"[A-Za-z0-9][\w.=+,-]*")
@@ -77,7 +78,8 @@ def _read_run(folder: Path) -> PushedRun:
     foreign = sorted(e.name for e in folder.iterdir() if e.name not in _OF_A_RUN and not e.name.startswith("."))
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is no file of a run; move it away, then push again")
-    cache = str(run.facts.get("cache", {}).get("path", ""))
+    of_cache = run.facts.get("cache")
+    cache = str(of_cache.get("path", "")) if isinstance(of_cache, dict) else ""
     return PushedRun(
         sae_id=folder.name,
         config=without_paths(_read(folder / CFG), cache),
@@ -95,8 +97,8 @@ def read_report(runs: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = json_of(read_bounded(path, MOST_REPORT))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); make it again, or move it away") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object; make it again, or move it away")

@@ -5,7 +5,6 @@ The saved SAE takes raw activations: the norm factor is folded into biases and t
 """
 
 import fcntl
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
-from cache_spec.errors import UserError
+from cache_spec.errors import CacheDamaged, UserError
 from cache_spec.files import PARTIAL, Partial, disk_full_as_error, readable_json, sync_folder
+from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from train.sae import SparseAutoencoder
 from train.saelens import assemble, fold, saelens_config
+from train.stored import read_object, read_safetensors
 
 CFG, WEIGHTS, FACTS, LOG, STATE = "cfg.json", "sae_weights.safetensors", "run.json", "log.jsonl", "state"
 LOCK = "lock"  # in STATE, so it goes when the run is complete
@@ -93,23 +93,28 @@ def _lock(folder: Path) -> int:
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What run.json says; None if there is none. Raises UserError if it is mangled."""
+    """What run.json says; None if there is none. Raises UserError if it is mangled, or for a link in the folder."""
     try:
-        facts = json.loads((folder / FACTS).read_text())
-    except FileNotFoundError:
+        data = read_bounded(folder / FACTS)
+        refuse_links(folder, "a run's folder has none: put the file itself there, or move the folder away")
+        facts = json_of(data)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CacheDamaged as error:
+        raise UserError(str(error)) from None
+    except ValueError as error:
         raise UserError(f"{folder / FACTS} is not JSON ({error}); move {folder} away and train it again") from None
     if not isinstance(facts, dict):
         raise UserError(f"{folder / FACTS} is not a JSON object; move {folder} away and train it again")
-    if "status" not in facts:
+    if not isinstance(facts.get("status"), str):
         raise UserError(f"{folder / FACTS} has no status; move {folder} away and train it again")
     return facts
 
 
 def failure_of(facts: dict[str, Any]) -> str:
     """What became of a failed run: "batchtopk_k20 failed at step 312 (its loss is nan); ..."."""
-    failure = facts.get("failure") or {}
+    said = facts.get("failure")
+    failure = said if isinstance(said, dict) else {}
     kept = failure.get("checkpoint")
     return (
         f"{facts.get('name')} failed at step {failure.get('step')} ({failure.get('reason')}; "
@@ -128,10 +133,8 @@ def load_run(path: str | Path, device: str = "cpu") -> TrainedRun:
     if facts["status"] != COMPLETE:
         raise UserError(f"{folder} is not finished; run the same `python -m train` command with --resume")
     try:
-        config = json.loads((folder / CFG).read_text())
-        tensors = load((folder / WEIGHTS).read_bytes())
-        sae = assemble(config, tensors)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, KeyError, RuntimeError) as error:
+        sae = assemble(read_object(folder / CFG), read_safetensors(folder / WEIGHTS))
+    except (UserError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged ({error}); move it away and train the run again") from None
     return TrainedRun(path=folder, sae=sae.to(device).eval().requires_grad_(False), facts=facts)
 
@@ -161,6 +164,9 @@ def holds_files(folder: Path) -> bool:
     """Whether there is anything in it but what a process that was killed at once leaves."""
     inside = [entry for entry in folder.iterdir() if not entry.name.endswith(PARTIAL)]
     return any(
-        entry.name != STATE or not entry.is_dir() or {file.name for file in entry.iterdir()} - {LOCK}
+        entry.name != STATE
+        or entry.is_symlink()
+        or not entry.is_dir()
+        or {file.name for file in entry.iterdir()} - {LOCK}
         for entry in inside
     )

@@ -111,8 +111,52 @@ def architecture_of(sae: SparseAutoencoder) -> str:
     return f"{PLAIN[plain]}{'' if sae.W_skip is None else 'skip_'}transcoder"
 
 
+def _misfit(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """What is no such thing in a cfg.json, or of another size than the tensors; empty if nothing.
+
+    Asked before memory is taken for what the cfg.json says.
+    """
+    architecture, d_in, d_sae, k = (config.get(name) for name in ("architecture", "d_in", "d_sae", "k"))
+    if not isinstance(architecture, str):
+        return f"its architecture is {architecture!r:.40}"
+    is_transcoder = architecture.endswith("transcoder")
+    d_out = config.get("d_out") if is_transcoder else d_in
+    sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            return f"its {name} is {size!r:.40}"
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "W_skip": (d_out, d_in)}
+    for name, shape in shapes.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            return f"its {name} has the shape {list(tensors[name].shape)}, not {list(shape)}"
+    if missing := sorted({"W_enc", "W_dec"} - tensors.keys()):
+        return f"it has no {missing[0]}"
+    if k is not None and not (type(k) in (int, float) and 0 <= k <= d_sae):  # pyright: ignore[reportOperatorIssue]
+        return f"its k is {k!r:.40}"
+    if type(config.get("apply_b_dec_to_input")) is not bool or (is_transcoder and config["apply_b_dec_to_input"]):
+        return f"its apply_b_dec_to_input is {config.get('apply_b_dec_to_input')!r:.40}"
+    if "W_skip" in tensors and not is_transcoder:
+        return "it is no transcoder and has a W_skip"
+    return "" if not (widths := _prefixes(config)) or widths[-1] == d_sae else "its matryoshka_widths end elsewhere"
+
+
+def _prefixes(config: dict[str, Any]) -> tuple[int, ...]:
+    """The prefixes that a cfg.json tells of; none if it tells of none. Raises RuntimeError if they do not rise."""
+    found: Any = config
+    for name in ("metadata", "training_architecture_details", "matryoshka_widths"):
+        if not isinstance(found, dict):
+            raise RuntimeError(f"it has no {name}")
+        found = found.get(name, () if name == "matryoshka_widths" else None)
+    widths: tuple[Any, ...] = tuple(found) if isinstance(found, list | tuple) else (None,)
+    if not all(type(width) is int and width > 0 for width in widths) or list(widths) != sorted(set(widths)):
+        raise RuntimeError(f"its matryoshka_widths are {found!r:.40}")
+    return widths
+
+
 def assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
     """The SAE of a cfg.json and its tensors. Raises KeyError or RuntimeError if they do not fit together."""
+    if fault := _misfit(config, tensors):
+        raise RuntimeError(fault)
     architecture = config["architecture"]
     plain = architecture.removesuffix("transcoder").removesuffix("skip_").removesuffix("_") or "standard"
     activations: dict[str, Activation] = {
@@ -125,7 +169,7 @@ def assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoen
         config["d_in"],
         config["d_sae"],
         activations[plain],
-        tuple(config["metadata"]["training_architecture_details"].get("matryoshka_widths", ())),
+        _prefixes(config),
         subtract_b_dec=config["apply_b_dec_to_input"],
         gated=plain == "gated",
         d_out=config["d_out"] if architecture.endswith("transcoder") else None,

@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from cache_spec.errors import UserError
+from cache_spec.errors import CacheDamaged, UserError
+from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from train.activations import TopK
 from train.sae import SparseAutoencoder
 from train.saelens import architecture_of, fold
 
 AGAIN = "save it again with the tool that made it"
+MOST_WEIGHTS = 2**40  # bytes of one file of weights; no SAE comes near
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,13 +90,28 @@ def encoder_biases(stored: Stored, *, subtracted: bool) -> dict[str, Tensor]:
     return {name: (tensors[name].double() + shift * gains.get(name, 1.0)).float() for name in names}
 
 
+def refuse_links_in(folder: Path) -> None:
+    """Raises UserError if anything in an SAE's folder is a link, but for those of the hub's own cache to its blobs."""
+    place = folder.resolve()
+    snapshots = next((above for above in place.parents if above.name == "snapshots"), None)
+    if snapshots is not None and (blobs := snapshots.parent / "blobs").is_dir():
+        away = [path for path in place.rglob("*") if path.is_symlink() and blobs not in path.resolve().parents]
+        if away:
+            raise UserError(f"{away[0]} is a link out of the hub's cache; download the SAE again")
+        return
+    try:
+        refuse_links(folder, "an SAE's folder has none: put the file itself there, or download it again")
+    except CacheDamaged as error:
+        raise UserError(str(error)) from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError that starts with what is wrong with it."""
     try:
-        facts = json.loads(path.read_text())
+        facts = json_of(read_bounded(path))
     except FileNotFoundError:
         raise UserError(f"it has no {path.name}; {AGAIN}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"its {path.name} cannot be read ({error}); download or save it again") from None
     if not isinstance(facts, dict):
         raise UserError(f"its {path.name} is not a JSON object; {AGAIN}")
@@ -104,8 +121,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises UserError that starts with what is wrong with it."""
     try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
+        return load(read_bounded(path, MOST_WEIGHTS))
+    except (OSError, ValueError, SafetensorError, KeyError) as error:  # KeyError: a type of numbers that torch has not
         raise UserError(f"its {path.name} cannot be read ({error}); download or save it again") from None
 
 

@@ -1,6 +1,5 @@
 """A folder of many files that is whole or not there: made beside its place, and renamed when all is written."""
 
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 from cache_spec.errors import UserError
 from cache_spec.files import PARTIAL, disk_full_as_error, readable_json
+from cache_spec.untrusted import json_of, read_bounded
 
 MARK = "granary.json"  # in the folder: what made it, and from what
 
@@ -25,8 +25,8 @@ def check_place(out: Path, made_by: str) -> None:
 def facts_of(out: Path) -> dict[str, Any]:
     """What the folder says of itself; nothing if it is not one of ours."""
     try:
-        facts = json.loads((out / MARK).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        facts = json_of(read_bounded(out / MARK))
+    except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
 

@@ -1,7 +1,6 @@
 """Upload to Neuronpedia's own interface: one call for each body, called again when the trouble may pass."""
 
 import http.client
-import json
 import os
 import sys
 import urllib.error
@@ -15,6 +14,7 @@ from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, s
 from cache_spec.errors import UserError
 from cache_spec.files import canonical_json, write_file
 from cache_spec.progress import Progress
+from cache_spec.untrusted import MOST_BYTES, json_of, read_bounded
 
 KEY = "NEURONPEDIA_API_KEY"  # the environment variable; the key is never written anywhere
 URL = "https://www.neuronpedia.org"
@@ -71,10 +71,10 @@ def upload(bodies: Sequence[Path], folder: Path, *, key: str, url: str = URL, wa
 
 def _done(folder: Path, url: str) -> list[str]:
     try:
-        facts = json.loads((folder / DONE).read_text())
+        facts = json_of(read_bounded(folder / DONE))
     except FileNotFoundError:
         return []
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except ValueError:
         facts = None
     if not isinstance(facts, dict) or not isinstance(facts.get("taken"), list):
         raise UserError(
@@ -119,11 +119,12 @@ def _post(address: str, body: bytes, key: str) -> None:
 
 def _said(error: urllib.error.HTTPError) -> str:
     """What the server says went wrong."""
-    text = error.read().decode(errors="replace")
+    data = error.read(MOST_BYTES)
+    text = data.decode(errors="replace")
     try:
-        facts = json.loads(text)
+        facts = json_of(data)
         text = str(facts.get("error") or facts.get("message") or text) if isinstance(facts, dict) else text
-    except json.JSONDecodeError:
+    except ValueError:
         pass
     return " ".join(text.split())[:_MOST_TOLD] or error.reason
 

@@ -68,6 +68,10 @@ _OF_CLASS = {  # where nothing else says how it was trained
     "JumpReluAutoEncoder": "jumprelu",
 }
 AGAIN = "save it again with dictionary_learning"
+_UNREADABLE = (  # what zipfile and torch.load raise for what they cannot read
+    *(UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(zipfile.BadZipFile, NotImplementedError, OverflowError, RecursionError, MemoryError, OSError),
+)
 
 
 def write(stored: Stored, *, approximate: bool = False, k: int | None = None) -> Exported:
@@ -216,16 +220,34 @@ def read_plain_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"it has no {path.name}; {AGAIN}")
     try:
         is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _refuse_packed(path)
         found = torch.load(path, map_location="cpu", weights_only=True) if is_zip else None
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         why = str(error).strip().split("\n")[0][:120]
         raise UserError(f"its {path.name} is damaged, or holds more than tensors ({why}); {AGAIN}") from None
     if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        for name, value in found.items()
+        isinstance(name, str) and isinstance(value, Tensor) and _is_stored(value) for name, value in found.items()
     ):
         raise UserError(f"its {path.name} is not a dict of tensors as torch.save writes it; {AGAIN}")
     return {name: value.detach() for name, value in found.items()}
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raises ValueError if a file unpacks to more than it is; torch.save packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        n_bytes = sum(member.file_size for member in archive.infolist())
+    if n_bytes > path.stat().st_size:
+        raise ValueError(f"it would unpack to {n_bytes:,} bytes")
+
+
+def _is_stored(value: Tensor) -> bool:
+    """Whether all of its numbers are in the file: a few can pass for many, which would be copied one day."""
+    return (
+        value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def _read_k(made: _Class, found: dict[str, Tensor], trainer: Mapping[str, Any], d_sae: int) -> int | None:

@@ -103,7 +103,7 @@ def read_sae(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SparseAut
             raise UserError(f"its {key} is {cfg[key]}, and granary computes {wanted} alone; convert it in SAELens")
     found = {name: tensor.float() for name, tensor in tensors.items()}
     if plain == "jumprelu" and "topk_threshold" in found:
-        found["threshold"] = found.pop("topk_threshold").reshape(1).expand(int(cfg["d_sae"])).contiguous()
+        found["threshold"] = found.pop("topk_threshold").reshape(1).expand(int(cfg["d_sae"]))
     check_tensors(found, _shapes(plain, cfg), f"SAELens's {plain}")
     found = _normalised(found, cfg)
     if cfg.get("rescale_acts_by_decoder_norm"):

@@ -17,7 +17,7 @@ from train.stored import Stored, check_tensors, encoder_biases, is_unit, read_ob
 FILES = ("cfg.json", "sae.safetensors")
 CONFIG, WEIGHTS = FILES
 AGAIN = "save it again with sparsify"
-_MODULE = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.\d+(?:\..+)?)$")
+_MODULE = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.[0-9]{1,6}(?:\.\w+)*)$", re.ASCII)  # it becomes a folder's name
 _SITES = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".attention"}
 
 
@@ -100,7 +100,7 @@ def _hookpoint(stored: Stored) -> tuple[str, list[str]]:
         )
     if match := _MODULE.search(str(metadata.get(f"hf_hook_name{out}") or "")):
         return match[1], notes
-    if match := re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", str(metadata.get(f"hook_name{out}") or "")):
+    if match := re.fullmatch(r"blocks\.([0-9]{1,6})\.hook_(\w{1,64})", str(metadata.get(f"hook_name{out}") or "")):
         return f"layers.{match[1]}{_SITES.get(match[2], f'.{match[2]}')}", notes
     return "sae", [*notes, "nothing says which module it reads; give its folder the module's name, such as layers.12"]
 
