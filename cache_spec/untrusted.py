@@ -38,8 +38,8 @@ def json_of(data: bytes, *, finite: bool = False) -> Any:
     """
     try:
         text = data.decode()
-        checked = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
-        found = json.loads(text, parse_int=_whole, **checked)
+        number = _finite if finite else float
+        found = json.loads(text, parse_int=_whole, parse_float=number, parse_constant=number)
     except RecursionError:
         raise ValueError("its lists and objects lie too deep in each other") from None
     _check_depth(found)

@@ -8,6 +8,7 @@ from typing import Any
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError
 from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from evaluate.recipes import DROPOUT, NOISE, RANDOM_TOKEN, SMALL
+from train.known import check_parts
 from train.run_folder import COMPLETE, FACTS, FAILED, failure_of
 
 UNFINISHED = "not finished; run the same python -m train with --resume"
@@ -75,6 +76,8 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     left_out: dict[str, str] = {}
     for file in files:
         try:
+            if file.parent != folder and file.parent.is_symlink():
+                raise UserError("a link, and a report would be written to where it leads; put the run itself there")
             facts = _read(file)
             if why := _why_left_out(facts):
                 left_out[file.parent.name] = why
@@ -175,10 +178,10 @@ def _setting(facts: dict[str, Any], key: tuple[str, str]) -> str:
 def _read(file: Path) -> dict[str, Any]:
     try:
         data = read_bounded(file)
-        if file.parent.is_symlink():
-            raise UserError("it is a link; move or copy the run itself there, for its report is written beside it")
         refuse_links(file.parent, "a run's folder has none: put the file itself there")
         facts = json_of(data)
+        if isinstance(facts, dict):
+            check_parts(facts, FACTS)
     except CacheError as error:
         raise UserError(str(error)) from error
     except UserError:

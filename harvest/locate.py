@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -180,7 +181,7 @@ def _indexed(index: Path) -> list[str]:
     except ValueError as error:
         raise UserError(f"{index} is not JSON ({error}); download the model again") from None
     files = facts.get("weight_map") if isinstance(facts, dict) else None
-    names = list(files.values()) if isinstance(files, dict) else [None]
+    names: list[Any] = list(files.values()) if isinstance(files, dict) else [None]
     if not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise UserError(f"{index} does not name files beside it; download the model again")
     return sorted(set(names))

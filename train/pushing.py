@@ -25,6 +25,7 @@ from cache_spec.hub import (
     make,
 )
 from cache_spec.untrusted import json_of, read_bounded
+from train.known import check_facts, check_report
 from train.run_folder import CFG, FACTS, LOG, STATE, WEIGHTS, holds_files, load_run
 
 REPORT = "report.json"
@@ -78,13 +79,16 @@ def _read_run(folder: Path) -> PushedRun:
     foreign = sorted(e.name for e in folder.iterdir() if e.name not in _OF_A_RUN and not e.name.startswith("."))
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is no file of a run; move it away, then push again")
-    of_cache = run.facts.get("cache")
-    cache = str(of_cache.get("path", "")) if isinstance(of_cache, dict) else ""
+    check_facts(run.facts, folder / FACTS)
+    report = _read(folder / REPORT) if (folder / REPORT).exists() else None
+    if report is not None:
+        check_report(report, folder / REPORT)
+    cache = str(run.facts["cache"].get("path", ""))
     return PushedRun(
         sae_id=folder.name,
         config=without_paths(_read(folder / CFG), cache),
         facts=without_paths(run.facts, cache),
-        report=without_paths(_read(folder / REPORT), cache) if (folder / REPORT).exists() else None,
+        report=None if report is None else without_paths(report, cache),
         weights=folder / WEIGHTS,
     )
 

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from cache_spec.errors import CacheDamaged, UserError
 from cache_spec.files import PARTIAL, Partial, disk_full_as_error, readable_json, sync_folder
 from cache_spec.untrusted import json_of, read_bounded, refuse_links
+from train.known import check_parts
 from train.sae import SparseAutoencoder
 from train.saelens import assemble, fold, saelens_config
 from train.stored import read_object, read_safetensors
@@ -108,6 +109,7 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{folder / FACTS} is not a JSON object; move {folder} away and train it again")
     if not isinstance(facts.get("status"), str):
         raise UserError(f"{folder / FACTS} has no status; move {folder} away and train it again")
+    check_parts(facts, folder / FACTS)
     return facts
 
 

@@ -46,8 +46,8 @@ class Stored:
     @property
     def trained_with(self) -> dict[str, Any]:
         """The settings of the training that are known."""
-        ours = _object(self.metadata, "granary")
-        return {**_object(self.metadata, "training_architecture_details"), **_object(ours, "config")}
+        ours = object_in(self.metadata, "granary")
+        return {**object_in(self.metadata, "training_architecture_details"), **object_in(ours, "config")}
 
     @property
     def k(self) -> int | None:
@@ -65,7 +65,8 @@ class Stored:
         return str(named or architecture_of(self.sae))
 
 
-def _object(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+def object_in(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What stands under a name if it is a JSON object; an empty one otherwise."""
     value = facts.get(name)
     return value if isinstance(value, dict) else {}
 

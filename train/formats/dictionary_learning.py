@@ -18,7 +18,7 @@ from cache_spec.hook_point import SITES, HookPoint
 from train.exported import Exported
 from train.formats.saelens import read_sae
 from train.saelens import VERSION, architecture_of
-from train.stored import Stored, check_tensors, encoder_biases, is_unit, read_object, whole_number
+from train.stored import Stored, check_tensors, encoder_biases, is_unit, object_in, read_object, whole_number
 
 FILES = ("config.json", "ae.pt")
 CONFIG, WEIGHTS = FILES
@@ -166,8 +166,9 @@ def _trainer(stored: Stored, name: str, groups: list[int]) -> tuple[dict[str, An
 
 
 def _steps(metadata: dict[str, Any]) -> int | None:
-    data = (metadata.get("granary") or {}).get("data") or {}
-    return data["n_tokens"] // data["batch_size"] if data.get("n_tokens") and data.get("batch_size") else None
+    data = object_in(object_in(metadata, "granary"), "data")
+    n_tokens, batch_size = data.get("n_tokens"), data.get("batch_size")
+    return n_tokens // batch_size if type(n_tokens) is type(batch_size) is int and batch_size > 0 else None
 
 
 def _place(stored: Stored) -> tuple[int | None, str | None, list[str]]:

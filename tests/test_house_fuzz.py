@@ -1,0 +1,31 @@
+"""Bad input: whatever a file of a stranger says, a UserError comes out, soon and without much memory.
+
+FUZZ_EXAMPLES=500 tries so many of each target; tests/fuzz_guided.py is led by coverage.
+"""
+
+import os
+
+import pytest
+from fuzz_targets import names, target
+from hypothesis import HealthCheck, Phase, given, settings
+
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # to shrink a whole document takes minutes
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.filterwarnings("default")  # torch says so when it turns complex numbers into plain ones
+def test_a_changed_file_is_used_or_refused(name, folder):
+    found = target(name, folder)
+
+    @settings(max_examples=EXAMPLES, phases=PHASES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(found.drawn)
+    def check(value):
+        found.use(value)
+
+    check()
