@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 def test_a_changed_file_is_used_or_refused(name, folder):
     found = target(name, folder)
 
-    @settings(max_examples=EXAMPLES, phases=PHASES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, phases=PHASES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
     @given(found.drawn)
     def check(value):
         found.use(value)
