@@ -156,6 +156,8 @@ def forge(cache: Path, facts: Any) -> None:
         granary = sealed({**granary, "cache_id": plan.cache_id, "status": "partial"})
         (cache / ROOT).write_bytes(spelled(root_document(granary, plan)))
         for shard in range(min(3, plan.n_shards)):
+            if not (cache / record_file(shard)).exists():
+                continue
             record = json.loads((cache / record_file(shard)).read_bytes())
             record |= {"cache_id": plan.cache_id, "rows": plan.rows_in(shard)}
             (cache / record_file(shard)).write_bytes(spelled(sealed(record)))

@@ -10,6 +10,7 @@ from fuzz_targets import names, target
 from hypothesis import HealthCheck, Phase, given, settings
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # to shrink a whole document takes minutes
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]  # a whole document is drawn
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
 
 
@@ -23,7 +24,12 @@ def folder(tmp_path_factory):
 def test_a_changed_file_is_used_or_refused(name, folder):
     found = target(name, folder)
 
-    @settings(max_examples=EXAMPLES, phases=PHASES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    @settings(
+        max_examples=EXAMPLES,
+        phases=PHASES,
+        deadline=None,
+        suppress_health_check=SLOW,
+    )
     @given(found.drawn)
     def check(value):
         found.use(value)
