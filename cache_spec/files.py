@@ -83,31 +83,31 @@ class Partial:
     def __init__(self, final: Path) -> None:
         self.final = final
         final.parent.mkdir(parents=True, exist_ok=True)
-        self._fd, self._path = _open_locked(final)
+        self._fd, self._path = open_locked(final)
 
     def write(self, data: Any) -> None:
         """Append all of `data`; a short write goes on where it stopped."""
         left = memoryview(data).cast("B")
-        with _naming(self.final):
+        with naming(self.final):
             while left:
                 left = left[os.write(self._fd, left) :]
 
     def grow(self, n_bytes: int) -> None:
         """Give the file its size before its content, which `write_at` brings in any order."""
-        with _naming(self.final):
+        with naming(self.final):
             os.ftruncate(self._fd, n_bytes)
 
     def write_at(self, offset: int, data: bytes) -> None:
         """Put data where it belongs; for any number of threads."""
         left = memoryview(data)
-        with _naming(self.final):
+        with naming(self.final):
             while left:
                 n_written = os.pwrite(self._fd, left, offset)
                 left, offset = left[n_written:], offset + n_written
 
     def sync(self) -> None:
         """Return when the content is on the disk."""
-        with _naming(self.final):
+        with naming(self.final):
             os.fsync(self._fd)
 
     def replace(self) -> None:
@@ -132,7 +132,7 @@ class Partial:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Put the path into an OSError that names no file; those of a file descriptor do not."""
     try:
         yield
@@ -141,7 +141,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _open_locked(final: Path) -> tuple[int, Path]:
+def open_locked(final: Path) -> tuple[int, Path]:
+    """A new file under a temporary name beside `final`, locked by this process: its descriptor and its path."""
     while True:
         path = final.parent / f".{final.name}.{uuid.uuid4().hex}{PARTIAL}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

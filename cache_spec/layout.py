@@ -14,6 +14,7 @@ MANIFEST = f"{INTERNAL}/manifest.json"
 RECORDS = f"{INTERNAL}/shards"
 LOCK = f"{INTERNAL}/lock"
 UPLOADS = f"{INTERNAL}/uploads"  # in a store: shards that were put and are not committed yet; publish.py
+CLAIMS = f"{INTERNAL}/claims"  # who makes which shard, while some are missing; advice, no part of the cache
 HARVESTING, PARTIAL_STATUS, COMPLETE = "harvesting", "partial", "complete"
 
 ACTIVATION = np.dtype("<f2")

@@ -29,6 +29,12 @@ class Progress:
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._print_line()
 
+    def expect(self, total: int) -> None:
+        """Change how much there is to do, what is done included."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         if not self._shown:

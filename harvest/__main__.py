@@ -12,6 +12,7 @@ import typer
 
 from cache_spec.command import examples, heed, run_command
 from harvest import options
+from harvest.claims import TIMEOUT, check_timeout
 from harvest.share import local_device, read_share
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -48,6 +49,7 @@ def harvest(
     batch_windows: options.BatchWindows = 0,
     scale_factor: options.ScaleFactor = "0",
     shard: options.Shard = "",
+    claim_timeout: options.ClaimTimeout = TIMEOUT,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -67,6 +69,7 @@ def harvest(
     )
     options.check_options(asked)
     options.check_json(as_json, dry_run)
+    check_timeout(claim_timeout)
     share = read_share(shard, os.environ)
     # torch and transformers take seconds to import; --help and a mistyped option should not.
     from harvest import run
@@ -87,6 +90,7 @@ def harvest(
         compile=compile,
         dry_run=dry_run,
         as_json=as_json,
+        claim_timeout=claim_timeout,
     )
 
 

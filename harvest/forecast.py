@@ -171,7 +171,8 @@ def _shards(plan: Plan, ahead: Forecast, share: Share) -> str:
     whole = f"{plan.n_shards:,} of {plan.shard_rows:,} rows: {n_there:,} there, {ahead.n_missing:,} missing"
     if share.count == 1:
         return whole
-    return f"{whole}; this process is {share.index}/{share.count} ({share.source}) and makes {ahead.n_own:,} of them"
+    makes = "begins with" if share.helps else "makes"
+    return f"{whole}; this process is {share.index}/{share.count} ({share.source}) and {makes} {ahead.n_own:,} of them"
 
 
 def _disk(plan: Plan, ahead: Forecast) -> str:

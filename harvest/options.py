@@ -99,7 +99,15 @@ Shard = Annotated[
     str,
     typer.Option(
         help="i/n makes every n-th shard, from the i-th on (the first is 0): start n processes, on any machines that "
-        "share the disk. Default: what torchrun (RANK, WORLD_SIZE) or Slurm (srun, arrays) say; else all."
+        "share the disk. claim: any shard that nobody is at; start and end such processes as you like. Default: the "
+        "share that torchrun (RANK, WORLD_SIZE) or Slurm (srun, arrays) say, then as claim; else claim."
+    ),
+]
+ClaimTimeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds after which a process on another machine that shows no sign of life is held for dead, and its "
+        "shards are made by others. On the same machine that is known at once."
     ),
 ]
 DryRun = Annotated[

@@ -15,10 +15,12 @@ from cache_spec.commit import write_shard
 from cache_spec.create import create_cache, finalize_cache
 from cache_spec.errors import CacheConflict, UserError
 from cache_spec.files import exclusive
-from cache_spec.layout import INTERNAL, LOCK, PLAN, archive_level, record_file
+from cache_spec.layout import CLAIMS, INTERNAL, LOCK, PLAN, archive_level, record_file
 from cache_spec.plan import Plan
 from cache_spec.progress import Progress
 from cache_spec.state import committed_shards, is_ours, read_plan, read_root, recorded_shards
+from harvest.claim_board import FolderBoard
+from harvest.claims import TIMEOUT, Claims
 from harvest.forecast import Forecast, forecast, forecast_facts, print_forecast, refuse_if_full, size
 from harvest.model import LoadedModel
 from harvest.pilot import model_speed
@@ -31,6 +33,7 @@ from harvest.shard import prepare_shard
 from harvest.share import Share
 from harvest.stopping import Stop, catch_stops
 from harvest.text import check_dataset
+from harvest.turns import Turns
 from harvest.windows import Windows, open_windows, save_windows
 
 # Over all variants. Measured on the tiny model: a CPU is fastest while one batch stays in its caches.
@@ -48,8 +51,10 @@ def harvest(
     compile: bool = False,
     dry_run: bool = False,
     as_json: bool = False,
+    claim_timeout: float = TIMEOUT,
 ) -> None:
     """Write this process' share of the cache at `out`, or go on with it; with `dry_run` say what it takes, no more.
+    Shards that others leave undone are made too, an owner being dead that does nothing for `claim_timeout` seconds.
 
     `batch_windows` is how many windows run at once, each in all variants; 0 chooses. Ctrl-C finishes the shard in
     progress, a second one stops at once; both raise KeyboardInterrupt with how to go on.
@@ -83,7 +88,9 @@ def harvest(
             batch_windows=batch_windows,
             pad=compile or reader.device.type == "cuda",
         )
-        _write_shards(job, out, [shard for shard in missing if share.owns(shard)], stop)
+        with Claims(FolderBoard(out / CLAIMS), share, claim_timeout) as claims:
+            there, is_there = recorded_shards(out), lambda shard: (out / record_file(shard)).exists()
+            _write_shards(job, out, Turns(plan, share, claims, there, is_there), claims, stop)
     _close(plan, out)
 
 
@@ -202,16 +209,25 @@ def choose_batch_windows(plan: Plan, device: torch.device, most: int = 0) -> int
     return -(-n_windows // n_batches)
 
 
-def _write_shards(job: Job, out: Path, shards: list[int], stop: Stop) -> None:
+def _write_shards(job: Job, out: Path, turns: Turns, claims: Claims, stop: Stop) -> None:
     """Make and commit the shards. Raises KeyboardInterrupt, with how to go on, if someone asked to stop."""
     plan, start = job.plan, time.monotonic()
-    n_tokens, n_whole = 0, sum(map(plan.rows_in, shards)) * len(plan.variants)
-    n_threads = writer_threads(job.reader.device, os.environ)
-    if shards:
-        _say_if_reused(job, shards[0])
+    n_tokens, n_whole, n_variants = 0, turns.n_rows_ahead() * len(plan.variants), len(plan.variants)
+    n_threads, said = writer_threads(job.reader.device, os.environ), False
+
+    def numbers() -> Iterator[int]:
+        nonlocal n_whole, said
+        while not stop.asked and (shard := turns.next()) is not None:
+            if not said:
+                _say_if_reused(job, shard)
+            said, n_whole = True, turns.n_rows_ahead() * n_variants
+            progress.expect(n_whole)
+            stop.finish(f"shard {shard}")
+            yield shard
 
     def write(shard: int, arrays: dict[tuple[str, str], np.ndarray], columns: dict[str, np.ndarray]) -> None:
         write_shard(out, plan, shard, arrays, columns, n_threads=n_threads)
+        claims.give_back(shard)
 
     def advance(n: int) -> None:
         nonlocal n_tokens
@@ -221,32 +237,22 @@ def _write_shards(job: Job, out: Path, shards: list[int], stop: Stop) -> None:
 
     try:
         with Progress("harvest", n_whole, "tokens") as progress:
-            make_shards(job, _until_stopped(shards, stop, out), write, advance)
-        if stop.asked and _still_missing(out, shards):
+            more = True
+            while more:
+                make_shards(job, numbers(), write, advance)
+                stop.finish("")  # whoever waits stops at once
+                more = not stop.asked and turns.wait(print)
+        if stop.asked and turns.left():
             raise KeyboardInterrupt
     except KeyboardInterrupt as interrupt:
         there = f"{len(recorded_shards(out))} of {plan.n_shards} shards are in {out}"
-        left = _still_missing(out, shards)
+        left = turns.left()
         then = f"goes on from shard {left[0]}" if left else "closes the cache"
         raise KeyboardInterrupt(f"{there}; the same command {then}") from interrupt
     seconds = time.monotonic() - start
     if n_tokens:
-        variants = f"{n_tokens // len(plan.variants):,} tokens in {len(plan.variants)} variants"
+        variants = f"{n_tokens // n_variants:,} tokens in {n_variants} variants"
         print(f"{variants} in {seconds:,.1f} s ({n_tokens / seconds:,.0f} tokens/s in all)")
-
-
-def _until_stopped(shards: Sequence[int], stop: Stop, out: Path) -> Iterator[int]:
-    """The shards, as long as nobody asks to stop, without those that another process has made in the meantime."""
-    for shard in shards:
-        if stop.asked:
-            return
-        if not (out / record_file(shard)).exists():
-            stop.finish(f"shard {shard}")
-            yield shard
-
-
-def _still_missing(out: Path, shards: Sequence[int]) -> list[int]:
-    return [shard for shard in shards if not (out / record_file(shard)).exists()]
 
 
 def _say_if_reused(job: Job, number: int) -> None:
@@ -271,5 +277,8 @@ def _close(plan: Plan, out: Path) -> None:
     if n_there < plan.n_shards:
         print(f"{n_there} of {plan.n_shards} shards are in {out}; the other processes make the rest")
         return
+    board = FolderBoard(out / CLAIMS)
+    board.clear()  # nobody reads them now
     finalize_cache(out)
+    board.clear()  # the folder, which may have held half of a claim
     print(f"complete: {plan.n_rows:,} rows in {plan.n_shards} shards at {out}")

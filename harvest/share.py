@@ -1,6 +1,6 @@
 """Which shards this process makes, and on which GPU, when several processes make one cache.
 
-Processes never talk to each other: each takes every n-th shard, and the disk says what is done.
+Processes never talk to each other: each begins with every n-th shard, and the disk says what is done and who is at it.
 """
 
 import re
@@ -11,6 +11,8 @@ from cache_spec.errors import UserError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE")
 _ALL = "--shard 0/1 makes every shard here"
+_BY_HAND = "--shard"  # the source of a share that a person has cut
+CLAIM = "claim"  # --shard claim: no share at all, whatever the launcher says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +27,31 @@ class Share:
         """Whether this process makes the shard."""
         return shard % self.count == self.index
 
+    @property
+    def helps(self) -> bool:
+        """Whether a process that is done with its share goes on with any shard that nobody is at.
+
+        A person who cuts shares may start the others later, or elsewhere, so there only the shards of processes that
+        died are taken over.
+        """
+        return self.source != _BY_HAND
+
 
 def read_share(text: str, environ: Mapping[str, str]) -> Share:
     """The share that `--shard i/n` names; without it, what torchrun or Slurm say of this process; else all.
+    `--shard claim` is all of them too, one after another as they are free.
 
     A Slurm array multiplies with the tasks of each of its jobs. Raises UserError for a share that cannot be read.
     """
+    if text.strip() == CLAIM:
+        return Share(source=f"--shard {CLAIM}")
     if text:
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip())
         if match is None or int(match[1]) >= int(match[2]):
-            raise UserError(f"--shard is {text!r}; give i/n with i from 0 to n - 1, such as 0/4, 1/4, 2/4 and 3/4")
-        return Share(index=int(match[1]), count=int(match[2]), source="--shard")
+            raise UserError(
+                f"--shard is {text!r}; give i/n with i from 0 to n - 1, such as 0/4, 1/4, 2/4 and 3/4, or {CLAIM}"
+            )
+        return Share(index=int(match[1]), count=int(match[2]), source=_BY_HAND)
     job, task = _read_array(environ), _read_task(environ)
     sources = [share.source for share in (job, task) if share.count > 1]
     return Share(index=job.index * task.count + task.index, count=job.count * task.count, source=" and ".join(sources))

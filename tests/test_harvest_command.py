@@ -136,8 +136,8 @@ def test_shares_make_the_cache_that_one_process_makes(model, text, tmp_path, mon
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")  # a resume may use another number
     said = invoke(*shared)
-    assert "4 missing; this process is 0/3 (RANK and WORLD_SIZE) and makes 2 of them" in lines_of(said)["shards"]
-    assert ActivationCache.open(tmp_path / "shared", allow_partial=True).shards == (0, 1, 3, 5, 6)
+    assert "4 missing; this process is 0/3 (RANK and WORLD_SIZE) and begins with 2 of them" in lines_of(said)["shards"]
+    assert "complete" in said  # the others never came
     assert "complete" in invoke(*shared, "--shard", "0/1")
     assert files_of(tmp_path / "shared") == files_of(tmp_path / "whole")
 

@@ -90,7 +90,7 @@ def test_everything_is_said_before_the_start(tmp_path, capsys, monkeypatch):
     assert lines["text"] == "made-up text at revision abc123abc123, 150 documents, in windows of 10 tokens"
     assert lines["rows"] == "128 to train on + 22 held out, of each variant"
     assert lines["shards"] == (
-        "3 of 64 rows: 0 there, 3 missing; this process is 1/2 (RANK and WORLD_SIZE) and makes 1 of them"
+        "3 of 64 rows: 0 there, 3 missing; this process is 1/2 (RANK and WORLD_SIZE) and begins with 1 of them"
     )
     assert lines["time"] == "expected time 42 min 40 s at 0.100 tokens/s on cuda:1"  # 64 rows in 4 variants
     assert "5.00 TB free" in lines["disk"]
