@@ -7,6 +7,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,6 +15,10 @@ from cache_spec.command import examples, heed, run_command
 from harvest import options
 from harvest.claims import TIMEOUT, check_timeout
 from harvest.share import local_device, read_share
+
+if TYPE_CHECKING:
+    from harvest.model import LoadedModel
+    from harvest.request import Request
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -73,14 +78,8 @@ def harvest(
     share = read_share(shard, os.environ)
     # torch and transformers take seconds to import; --help and a mistyped option should not.
     from harvest import run
-    from harvest.model import load_model
-    from harvest.reader import release_rest
-    from harvest.request import make_request
 
-    # The weights wait on the host until those after the last wanted layer are dropped.
-    loaded = load_model(model, device=local_device(device, os.environ), dtype=dtype, attention=attention, wait=True)
-    request = make_request(loaded, model, asked)
-    loaded = release_rest(loaded, request.hook_points)
+    loaded, request = _load(model, local_device(device, os.environ), dtype, attention, asked)
     run.harvest(
         loaded,
         request,
@@ -92,6 +91,20 @@ def harvest(
         as_json=as_json,
         claim_timeout=claim_timeout,
     )
+
+
+def _load(
+    model: str, device: str, dtype: str, attention: str, asked: options.Options
+) -> tuple["LoadedModel", "Request"]:
+    """The model as far as it is needed, and what is asked of it."""
+    from harvest.model import load_model
+    from harvest.reader import release_rest
+    from harvest.request import make_request
+
+    # The weights wait on the host until those after the last wanted layer are dropped.
+    loaded = load_model(model, device=device, dtype=dtype, attention=attention, wait=True)
+    request = make_request(loaded, model, asked)
+    return release_rest(loaded, request.hook_points), request
 
 
 def _prepare() -> None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +242,7 @@ def _write_shards(job: Job, out: Path, turns: Turns, claims: Claims, stop: Stop)
             while more:
                 make_shards(job, numbers(), write, advance)
                 stop.finish("")  # whoever waits stops at once
-                more = not stop.asked and turns.wait(print)
+                more = not stop.asked and turns.wait(partial(print, flush=True))
         if stop.asked and turns.left():
             raise KeyboardInterrupt
     except KeyboardInterrupt as interrupt:

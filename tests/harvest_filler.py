@@ -27,11 +27,11 @@ def main(folder: Path, model: str, text: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
     out, other, real = folder / "cache", folder / "other", run.write_shard
 
-    def write(path, plan, shard, *arrays):
+    def write(path, plan, shard, *arrays, **how):
         if shard == 2:  # somebody else takes the disk: what is left holds part of a shard
             free = int(subprocess.check_output(["df", "--output=avail", "-B1", folder]).split()[1])
             other.write_bytes(bytes(free - 50_000))
-        return real(path, plan, shard, *arrays)
+        return real(path, plan, shard, *arrays, **how)
 
     run.write_shard = write
     try:

@@ -43,9 +43,9 @@ class Crew:
             return child
         real = run.write_shard
 
-        def write(path: Path, plan, shard: int, *arrays) -> dict:
+        def write(path: Path, plan, shard: int, *arrays, **how) -> dict:
             time.sleep(slow)
-            record = real(path, plan, shard, *arrays)
+            record = real(path, plan, shard, *arrays, **how)
             with self._log.open("a") as log:
                 log.write(f"{os.getpid()} {shard}\n")
             return record

@@ -15,7 +15,6 @@ from pipeline_fixtures import ExactReader, collector, small_job, wanted_rows
 from cache_spec import UserError
 from harvest.pipeline import Writer, make_shards, writer_threads
 from harvest.shard import prepare_shard
-from harvest.transfer import CudaCopies, PlainCopies, choose_copies
 
 
 def make_all(job, **changes):
@@ -332,23 +331,3 @@ def test_padding_is_thrown_away_before_it_is_looked_at():
     plain = make_all(job)
     wild = make_all(dataclasses.replace(job, reader=Wild(job.plan)))
     assert np.array_equal(wild[0][0]["layer_1", "masked"], plain[0][0]["layer_1", "masked"])
-
-
-def test_copies_are_chosen_by_the_device(monkeypatch):
-    assert isinstance(choose_copies(torch.device("cpu")), PlainCopies)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    assert isinstance(choose_copies(torch.device("cuda", 1)), CudaCopies)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_copies_from_a_gpu_are_whole_when_waited_for():
-    device = torch.device("cuda")
-    copies = CudaCopies(device)
-    waiting = []
-    for i in range(20):
-        value = torch.full((4096, 512), float(i), device=device)
-        for _ in range(50):
-            value = value + 1
-        waiting.append((i, copies.send([value])))
-    for i, sent in waiting:
-        assert (sent.wait()[0] == i + 50).all()

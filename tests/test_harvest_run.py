@@ -157,18 +157,18 @@ def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, 
     run.harvest(loaded, request, whole)
     real, made = run.write_shard, []
 
-    def stopping(path, plan, shard, *arrays):
+    def stopping(path, plan, shard, *arrays, **how):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(shard)
-        return real(path, plan, shard, *arrays)
+        return real(path, plan, shard, *arrays, **how)
 
     monkeypatch.setattr(run, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt) as caught:
         run.harvest(loaded, request, out)
     assert str(caught.value) == f"2 of 6 shards are in {out}; the same command goes on from shard 2"
     assert not list(out.rglob("*.partial"))
-    monkeypatch.setattr(run, "write_shard", lambda *facts: made.append(facts[2]) or real(*facts))
+    monkeypatch.setattr(run, "write_shard", lambda *facts, **how: made.append(facts[2]) or real(*facts, **how))
     monkeypatch.setattr(run, "make_plan", None)  # the text is not read again
     run.harvest(loaded, request, out)
     assert made == [0, 1, 2, 3, 4, 5]
@@ -308,11 +308,11 @@ def test_a_shard_that_another_process_has_made_in_the_meantime_is_not_made_again
     run.harvest(loaded, request, whole)
     real, made = run.write_shard, []
 
-    def write(path, plan, shard, *arrays):
+    def write(path, plan, shard, *arrays, **how):
         made.append(shard)
         if shard == 0:
             real(path, plan, 4, *make_rows(whole, 4))
-        return real(path, plan, shard, *arrays)
+        return real(path, plan, shard, *arrays, **how)
 
     monkeypatch.setattr(run, "write_shard", write)
     run.harvest(loaded, request, out)

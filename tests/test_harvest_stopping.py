@@ -103,11 +103,11 @@ def test_outside_the_main_thread_nothing_is_caught():
 def test_once_finishes_the_shard_and_says_how_to_go_on(number, loaded, text, tmp_path, monkeypatch, whole):
     out, real = tmp_path / "cache", run.write_shard
 
-    def interrupted(path, plan, shard, *arrays):
+    def interrupted(path, plan, shard, *arrays, **how):
         if shard == 1:
             send(number)
             time.sleep(0.1)
-        return real(path, plan, shard, *arrays)
+        return real(path, plan, shard, *arrays, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_shard", interrupted)
@@ -125,7 +125,9 @@ def test_once_finishes_the_shard_and_says_how_to_go_on(number, loaded, text, tmp
 
 def test_once_in_the_last_shard_finishes_the_cache(loaded, text, tmp_path, monkeypatch, whole):
     out, real = tmp_path / "cache", run.write_shard
-    monkeypatch.setattr(run, "write_shard", lambda *facts: (facts[2] == 5 and send(signal.SIGINT), real(*facts))[1])
+    monkeypatch.setattr(
+        run, "write_shard", lambda *facts, **how: (facts[2] == 5 and send(signal.SIGINT), real(*facts, **how))[1]
+    )
     run.harvest(loaded, request_for(loaded, text), out)
     assert files_of(out) == whole
 
@@ -133,16 +135,16 @@ def test_once_in_the_last_shard_finishes_the_cache(loaded, text, tmp_path, monke
 def test_twice_stops_at_once_though_a_shard_is_being_written(loaded, text, tmp_path, monkeypatch, whole):
     out, real, free, done = tmp_path / "cache", run.write_shard, threading.Event(), threading.Event()
 
-    def stuck(path, plan, shard, *arrays):
+    def stuck(path, plan, shard, *arrays, **how):
         if shard == 1:
             send(signal.SIGINT)
             time.sleep(0.05)
             send(signal.SIGINT)
             free.wait(20)
-            real(path, plan, shard, *arrays)
+            real(path, plan, shard, *arrays, **how)
             done.set()
             return
-        real(path, plan, shard, *arrays)
+        real(path, plan, shard, *arrays, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_shard", stuck)

@@ -72,6 +72,8 @@ def parse(line: str) -> list[dict[str, Any]]:
     words = shlex.split(line)
     if words[0] == "make":
         return [values for made in made_by(words[1:]) for values in parse(made)]
+    if words[0] == "sbatch":
+        return parse(words[words.index("--wrap") + 1].removeprefix("exec "))
     if "-m" not in words:
         assert words[0] in OTHERS, f"what is {words[0]}?"
         return []
@@ -180,6 +182,7 @@ python -m no
         "python -m train --cache c --out o --k3 4",
         "python -m train --cache c --out o --batch-size many",
         "python -m train --cache c",
+        "sbatch --gpus 1 --wrap 'exec python -m harvest --model tiny --out o --shards 3'",
         "python -m benchmarks.size --fast",
         "rm runs",
     ],
