@@ -7,6 +7,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import dataclasses
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,8 @@ def _as_command(options: type[Options]) -> Callable[..., None]:
     """A function with the fields of `options` as its parameters, for typer."""
 
     def command(context: typer.Context, **values: Any) -> None:
+        # The store of a job prints a page of addresses when its other end is gone; what became of that, we say.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from train.command import run  # this imports torch, which takes seconds; --help should not
 
         # A scheduler's SIGTERM keeps every step, too. A shell's background jobs ignore Ctrl-C and go on ignoring it.

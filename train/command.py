@@ -43,7 +43,7 @@ def _run(options: Options, given: Set[str], team: Team) -> None:
     if options.profile and options.dry_run:
         raise UserError("--profile looks at steps of training and --dry-run makes none; leave one of them out")
     memory = parse_memory(options.memory) if options.memory else None
-    loader = _open(options, lists, team.device)
+    loader = _open(options, lists, team)
     schedule = schedule_for(
         loader,
         warmup_steps=options.warmup_steps,
@@ -87,7 +87,7 @@ def _run(options: Options, given: Set[str], team: Team) -> None:
         raise Unfinished(sentence)
 
 
-def _open(options: Options, lists: Lists, device: str) -> MixedBatchLoader:
+def _open(options: Options, lists: Lists, team: Team) -> MixedBatchLoader:
     with before_training():
         cache = ActivationCache.open(options.cache, allow_partial=options.allow_partial)
         data = DataConfig(
@@ -104,4 +104,5 @@ def _open(options: Options, lists: Lists, device: str) -> MixedBatchLoader:
             readers=options.readers,
             read_ahead=options.read_ahead,
         )
-        return MixedBatchLoader(cache, data, with_masked=lists.want_masked, device=read_device(device))
+        device = read_device(team.device)
+        return MixedBatchLoader(cache, data, with_masked=lists.want_masked, device=device, team=team)

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from cache_spec.cache import ActivationCache
 from cache_spec.errors import CacheError, UserError
-from cache_spec.layout import activation_file
+from cache_spec.layout import ACTIVATION, activation_file
 from cache_spec.plan import HookPlan
 from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
 from train.columns import RowColumns
 from train.config import POSITIONS, TARGETS, DataConfig
 from train.mixing import BOTH, CLEAN, Mixture, Need, Rows, masking_ranks, need_of
+from train.ranks import Team
 from train.read_ahead import read_ahead
 from train.readers import Reader, choose_io, open_reader
-from train.scale import SamplePart, measure
+from train.scale import SamplePart, Scale, measure
 from train.schedule import RowSchedule
+from train.sharing import Ring, Sharing
 from train.spans import READ, span
-from train.staging import Memory, Stage, copy_stream
+from train.staging import Memory, Segment, Stage, copy_stream, read_segments
 from train.stream import Stream
 from train.views import View, segments_of, views_of
 
@@ -34,16 +36,21 @@ _LONG_CHECK = 8 << 30  # bytes that it takes more than a few seconds to check
 
 
 @dataclass(frozen=True)
-class _Filled:
-    """A stage that holds the rows of a step, one tensor a view."""
+class Pieces:
+    """The rows of a step: where they lie, how they are masked, and the tensors that they make, one a view."""
 
-    stage: Stage
     step: int
-    row: np.ndarray
+    shards: Sequence[int]
+    inside: Sequence[np.ndarray]
     rank: np.ndarray
     need: Need
     views: Sequence[View]
+    row: np.ndarray
     unreplaced: np.ndarray
+
+    def segments(self, view: View) -> Iterator[Segment]:
+        """What to read for a view."""
+        return segments_of(view, self.shards, self.inside, self.rank)
 
 
 class MixedBatchLoader:
@@ -55,7 +62,13 @@ class MixedBatchLoader:
     """
 
     def __init__(
-        self, cache: ActivationCache, data: DataConfig, *, with_masked: bool = True, device: str = "cpu"
+        self,
+        cache: ActivationCache,
+        data: DataConfig,
+        *,
+        with_masked: bool = True,
+        device: str = "cpu",
+        team: Team | None = None,
     ) -> None:
         _check_options(data)
         self.cache, self.data, self.device = cache, data, torch.device(device)
@@ -81,11 +94,8 @@ class MixedBatchLoader:
         self._n_bytes = self._bytes_of(arrays)
         self.io, self.io_note = choose_io(data.io, cache.path, self._n_bytes)
         self._reader: Reader = open_reader(self.io, cache, len(arrays) * n_kept)
-        self.scale = measure(self._sample(self.hook, with_masked), self._mean_square(self.hook))
-        self.target_scale = self.scale
-        if data.target_hook:
-            sample = self._sample(self.target_hook, with_masked and data.target == "self")
-            self.target_scale = measure(sample, self._mean_square(self.target_hook))
+        self._sharing = Sharing(team) if team is not None and len(team.node) > 1 else None
+        self.scale, self.target_scale = self._scales(with_masked)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, batch in the epoch) of a step: all there is to a loader's state."""
@@ -97,14 +107,15 @@ class MixedBatchLoader:
         This is the plain way, for a few steps: see `stream`.
         """
         stage = Stage(self.data.batch_size, self.device, None, Memory())
-        return self._send(self.fill(stage, step, BOTH if with_masked else CLEAN))
+        return self._send(stage, self.fill(stage, step, BOTH if with_masked else CLEAN))
 
     @contextmanager
     def stream(self, first: int, last: int, mixtures: Set[Mixture] = BOTH) -> Iterator[Stream]:
         """The rows of steps `first` to `last - 1`, read ahead by threads, and no more of them than the mixtures take.
 
         Any of the mixtures gives the same batch as from `read`. Damage that a thread meets is raised where its rows
-        are due. At the end of the `with` no thread is left.
+        are due. At the end of the `with` no thread is left. The ranks of a machine call it together, each with the
+        steps and mixtures that it wants, and get rows that one of them reads.
         """
         beside, memory = copy_stream(self.device), Memory()
         stages = [Stage(self.data.batch_size, self.device, beside, memory) for _ in range(self.data.read_ahead)]
@@ -112,10 +123,73 @@ class MixedBatchLoader:
         def make(step: int, slot: int) -> tuple[Stage, Rows]:
             stages[slot].wait()
             with span(READ):
-                return stages[slot], self._send(self.fill(stages[slot], step, mixtures))
+                return stages[slot], self._send(stages[slot], self.fill(stages[slot], step, mixtures))
 
+        if self._sharing is not None:
+            with self._shared_stream(self._sharing, range(first, last), mixtures, stages) as stream:
+                yield stream
+            return
         with read_ahead(make, range(first, last), n_slots=len(stages), n_threads=self.data.readers) as results:
             yield Stream(results)
+
+    @contextmanager
+    def _shared_stream(
+        self, sharing: Sharing, steps: range, mixtures: Set[Mixture], stages: Sequence[Stage]
+    ) -> Iterator[Stream]:
+        """The rows of some steps on one of several ranks. The one that reads does so to the end of what any wants."""
+        n_wanting = 1  # 0 when this rank itself wants no more rows
+
+        def make(step: int, slot: int) -> tuple[Stage, Rows] | None:
+            stages[slot].wait()
+            with span(READ):
+                filled = self._fill_shared(ring, stages[slot], step, wanted=step in steps and n_wanting > 0)
+                return filled and (stages[slot], filled)
+
+        with sharing.ring(steps.start, steps.stop, mixtures, n_slots=len(stages), slot_bytes=self._slot_bytes) as ring:
+            wanted = range(ring.wanted.first, ring.wanted.last) if ring.reads else steps
+            with read_ahead(make, wanted, n_slots=len(stages), n_threads=self.data.readers) as results:
+                try:
+                    yield Stream(made for made in results if made is not None)
+                    n_wanting = 0
+                    for _ in results if ring.reads else ():
+                        pass
+                finally:
+                    ring.stop_waiting()
+
+    def _fill_shared(self, ring: Ring, stage: Stage, step: int, *, wanted: bool) -> Rows | None:
+        """Read the rows of a step for all ranks, if this is the one that reads, and give them, if they are wanted."""
+        pieces = self._pieces(step, ring.wanted.mixtures)
+        tensors = ring.tensors(step, [(self.data.batch_size, view.hook.d_model) for view in pieces.views])
+        if ring.reads:
+            with ring.filling(step):
+                for view, tensor in zip(pieces.views, tensors, strict=True):
+                    read_segments(pieces.segments(view), self._reader, tensor)
+        if not wanted:
+            return None
+        with ring.using(step):
+            for which, (view, tensor) in enumerate(zip(pieces.views, tensors, strict=True)):
+                stage.take(which, tensor, self._factor(view.hook))
+            return self._send(stage, pieces)
+
+    def _slot_bytes(self, mixtures: Set[Mixture]) -> int:
+        """The most that a step of these mixtures takes."""
+        n_views = 2 if any(each.masked_fraction or each.with_twin for each in mixtures) else 1
+        widths = self.hook.d_model + (self.d_out if self.data.target_hook else 0)
+        return n_views * self.data.batch_size * widths * ACTIVATION.itemsize
+
+    def _scales(self, with_masked: bool) -> tuple[Scale, Scale]:
+        """Of the rows and of their targets, measured by the rank of this machine that reads."""
+        if self._sharing is not None and not self._sharing.reads:
+            told = self._sharing.agree(None)
+            assert isinstance(told, list)
+            return Scale(**told[0]), Scale(**told[1])
+        scale = target_scale = measure(self._sample(self.hook, with_masked), self._mean_square(self.hook))
+        if self.data.target_hook:
+            sample = self._sample(self.target_hook, with_masked and self.data.target == "self")
+            target_scale = measure(sample, self._mean_square(self.target_hook))
+        if self._sharing is not None:
+            self._sharing.agree([vars(scale), vars(target_scale)])
+        return scale, target_scale
 
     def _arrays(self, with_masked: bool) -> list[tuple[HookPlan, str]]:
         """Hook point and variant of everything that a step reads."""
@@ -126,43 +200,53 @@ class MixedBatchLoader:
             arrays += [(self.target_hook, variant) for variant in wanted]
         return arrays
 
-    def fill(self, stage: Stage, step: int, mixtures: Set[Mixture]) -> _Filled:
+    def fill(self, stage: Stage, step: int, mixtures: Set[Mixture]) -> Pieces:
         """Read what the mixtures take of one step's rows."""
+        pieces = self._pieces(step, mixtures)
+        for which, view in enumerate(pieces.views):
+            stage.fill(which, view.hook.d_model, pieces.segments(view), self._reader, self._factor(view.hook))
+        return pieces
+
+    def _pieces(self, step: int, mixtures: Set[Mixture]) -> Pieces:
         pieces = self.schedule.pieces(step)
         columns = [self._columns.of(self.shards[piece.shard]) for piece in pieces]
         inside = [own.usable[piece.first : piece.first + piece.n] for own, piece in zip(columns, pieces, strict=True)]
         shards = [self.shards[piece.shard] for piece in pieces]
-        rank = masking_ranks([piece.n for piece in pieces], derive_seed("train/mix", self.data.seed, step))
-        need = need_of(mixtures, self.data.batch_size, step)
-        views = views_of(need, self.data, self.hook, self.target_hook)
-        for which, view in enumerate(views):
-            segments = segments_of(view, shards, inside, rank)
-            stage.fill(which, view.hook.d_model, segments, self._reader, self._factor(view.hook))
         row = [rows + np.int64(shard * self.cache.plan.shard_rows) for rows, shard in zip(inside, shards, strict=True)]
         unreplaced = [own.unreplaced[rows] for own, rows in zip(columns, inside, strict=True)]
-        return _Filled(stage, step, np.concatenate(row), rank, need, views, np.concatenate(unreplaced))
+        need = need_of(mixtures, self.data.batch_size, step)
+        return Pieces(
+            step=step,
+            shards=shards,
+            inside=inside,
+            rank=masking_ranks([piece.n for piece in pieces], derive_seed("train/mix", self.data.seed, step)),
+            need=need,
+            views=views_of(need, self.data, self.hook, self.target_hook),
+            row=np.concatenate(row),
+            unreplaced=np.concatenate(unreplaced),
+        )
 
     def _factor(self, hook: HookPlan) -> float:
         """From stored values to training units."""
         scale = self.scale if hook.name == self.hook.name else self.target_scale
         return hook.scale_factor / scale.norm_factor
 
-    def _send(self, filled: _Filled) -> Rows:
+    def _send(self, stage: Stage, pieces: Pieces) -> Rows:
         """The rows of a filled stage, on the device."""
         tensors: dict[tuple[str, str], Tensor] = {}
-        with filled.stage.sending():
-            for which, view in enumerate(filled.views):
-                sent = filled.stage.send(which)
+        with stage.sending():
+            for which, view in enumerate(pieces.views):
+                sent = stage.send(which)
                 tensors |= {(view.hook.name, variant): sent for variant, _, _ in view.parts}
             other = self.target_hook.name if self.data.target_hook else ""
             return Rows(
                 clean=tensors[self.hook.name, "clean"],
                 masked=tensors.get((self.hook.name, self.data.masked_variant)),
-                row=filled.row,
-                step=filled.step,
-                rank=torch.from_numpy(filled.rank).to(self.device),
-                need=filled.need,
-                unreplaced=torch.from_numpy(filled.unreplaced).to(self.device) if filled.need.masked_to else None,
+                row=pieces.row,
+                step=pieces.step,
+                rank=torch.from_numpy(pieces.rank).to(self.device),
+                need=pieces.need,
+                unreplaced=torch.from_numpy(pieces.unreplaced).to(self.device) if pieces.need.masked_to else None,
                 target_clean=tensors.get((other, "clean")),
                 target_masked=tensors.get((other, self.data.masked_variant)),
             )

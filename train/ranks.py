@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cache_spec.command import INTERRUPTED as COMMAND_INTERRUPTED
 from cache_spec.errors import UserError
 from train.watch import INTERRUPTED, JobEnded, Rank, Watch, address, interrupted_once
 
@@ -249,7 +248,7 @@ def _ended_together(rank: Rank, watch: Watch) -> Iterator[None]:
             watch.tell(INTERRUPTED)
             if rank.index == 0:
                 raise
-            raise SystemExit(COMMAND_INTERRUPTED) from None
+            raise SystemExit(JobEnded.exit_code) from None
         raise _job_ended(watch) from None
     except JobEnded:
         raise _job_ended(watch) from None

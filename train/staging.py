@@ -21,6 +21,13 @@ class Segment(NamedTuple):
     at: int
 
 
+def read_segments(segments: Iterable[Segment], reader: Reader, out: Tensor) -> None:
+    """Read the rows of a tensor into memory of the host, fp16 [batch, width]."""
+    buffer = out.numpy()
+    for file, rows, at in segments:
+        reader.read(file, rows, buffer[at : at + len(rows)])
+
+
 class Stage:
     """Where a thread makes one batch after another: `fill` each of its tensors, then `send` it.
 
@@ -42,13 +49,22 @@ class Stage:
 
     def fill(self, which: int, width: int, segments: Iterable[Segment], reader: Reader, factor: float) -> None:
         """Read the rows of a tensor; `factor` is to turn stored values into training units."""
+        read_segments(segments, reader, self._buffer(which, width))
+        self._factors[which] = factor
+
+    def take(self, which: int, stored: Tensor, factor: float) -> None:
+        """Take the rows of a tensor that were read elsewhere; they have to stay there until they are sent."""
+        if self._stream is None:
+            self._host[which] = stored
+        else:  # by way of memory that is pinned
+            self._buffer(which, stored.shape[1]).copy_(stored)
+        self._factors[which] = factor
+
+    def _buffer(self, which: int, width: int) -> Tensor:
         if which not in self._host or self._host[which].shape[1] != width:
             pinned = self._stream is not None
             self._host[which] = torch.empty(self._n_rows, width, dtype=torch.float16, pin_memory=pinned)
-        buffer = self._host[which].numpy()
-        for file, rows, at in segments:
-            reader.read(file, rows, buffer[at : at + len(rows)])
-        self._factors[which] = factor
+        return self._host[which]
 
     def send(self, which: int) -> Tensor:
         """A tensor on the device, as float32: new, so that nobody writes into it as long as somebody has it."""

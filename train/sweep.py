@@ -165,7 +165,7 @@ class _Sweep:
             for entry in new:
                 entry.training.start_at(start.clean, start.target_clean)
         first = min((entry.training.n_done for entry in entries), default=loader.n_steps)
-        if first == loader.n_steps:  # stopped after the last step
+        if first == loader.n_steps and self._team.rank.count == 1:  # stopped after the last step
             return
         began = time.monotonic()
         with (

@@ -23,10 +23,11 @@ from train.run_folder import GO_ON
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-SILENT_SECONDS = 20.0  # of a rank on another machine, until it counts as gone
+SILENT_SECONDS = 30.0  # of a rank on another machine, until it counts as gone
 GRACE_SECONDS = 20.0  # for this process to end by itself when another is gone
 _EVERY_SECONDS = 0.5
 _ENDS = "ends"
+_DEAD = "died without a word: it was killed, by hand or for want of memory"
 INTERRUPTED = "was stopped by Ctrl-C or a signal"
 
 
@@ -138,7 +139,11 @@ class Watch:
             quiet = self._quiet()
             told = self.told()  # after that: a process says how it ended before it is gone
         except RuntimeError:
-            return f"the store of the job at {address()} is gone, and with it rank 0 or its torchrun"
+            self._lost = 0  # so each host speaks for itself
+            dead = next((other for other in self._others if self._is_dead(other)), None)
+            return (
+                f"{dead} {_DEAD}" if dead else f"the store of the job at {address()} is gone, with rank 0 or torchrun"
+            )
         for other in self._others:
             word = told.get(other.index)
             if word is None:
@@ -160,12 +165,11 @@ class Watch:
         return self.reason is not None
 
     def wait_for_others(self) -> None:
-        """Return when all others have ended, or one is gone: the store goes with the process that keeps it."""
-        try:
-            while len(self.told()) <= len(self._others) and not self._quiet():
+        """Return when all others have ended or died: the store goes with the process that keeps it."""
+        indices = {other.index for other in self._others}
+        with suppress(RuntimeError):
+            while not indices <= self.told().keys() | self._quiet().keys():
                 time.sleep(_EVERY_SECONDS / 10)
-        except RuntimeError:
-            return
 
     def _quiet(self) -> dict[int, str]:
         """The ranks without a sign of life, and what that sign would have been."""
@@ -180,9 +184,12 @@ class Watch:
                 self._seen[other.index] = (beat, now)
             elif now - since > SILENT_SECONDS:
                 quiet[other.index] = f"gave no sign of life for {SILENT_SECONDS:.0f} s"
-            if other.host == self._rank.host and not _is_running(other.pid):
-                quiet[other.index] = "died without a word: it was killed, by hand or for want of memory"
+            if self._is_dead(other):
+                quiet[other.index] = _DEAD
         return quiet
+
+    def _is_dead(self, other: Rank) -> bool:
+        return other.host == self._rank.host and not _is_running(other.pid)
 
     def _run(self) -> None:
         while not self._over.wait(_EVERY_SECONDS):
