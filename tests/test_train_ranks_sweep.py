@@ -119,7 +119,8 @@ def test_a_run_that_fails_on_the_reading_rank_stops_no_other(jobs, root):
 
 def test_what_is_wrong_from_the_start_is_said_once(jobs):
     job = jobs["held"]
-    assert job["codes"] == [2, 2]
+    assert job["codes"][0] == 2
+    assert job["codes"][1] in (1, 2)  # as it is found by itself, or heard of first
     assert "holds this run already, complete; add --resume" in error_of(job["said"][0])
     assert not job["said"][1]
 

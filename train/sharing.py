@@ -31,7 +31,7 @@ from train.ranks import Team
 from train.run_folder import GO_ON
 from train.watch import JobEnded
 
-_POLL_SECONDS = 0.0005
+_POLL_SECONDS = 0.001
 _PAGE = 4096
 _MESSAGE_BYTES = _PAGE
 _NOTHING, _EVERYTHING = -1, np.iinfo(np.int64).max  # as the number of a step
