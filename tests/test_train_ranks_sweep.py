@@ -129,7 +129,7 @@ def test_torchrun_starts_the_command(jobs, root):
     """The real thing: two processes of the command, one exit code, one voice."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "train"]
     where = ["--cache", str(root / "cache"), "--out", str(root / "by torchrun")]
-    what = "--d-sae 32 --k 3,4 --arch topk --batch-size 32 --tokens 700".split()
+    what = ["--d-sae", "32", "--k", "3,4", "--arch", "topk", "--batch-size", "32", "--tokens", "700"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *where, *what], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
