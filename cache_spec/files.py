@@ -25,9 +25,9 @@ PARTIAL = ".partial"  # the end of every temporary name
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def crc32c(data: Any) -> int:
-    """The CRC-32C of bytes or of a contiguous array."""
-    return google_crc32c.value(data)
+def crc32c(data: Any, before: int = 0) -> int:
+    """The CRC-32C of bytes or of a contiguous array; with that of what came `before`, of both."""
+    return google_crc32c.extend(before, data)
 
 
 def canonical_json(facts: Any) -> bytes:

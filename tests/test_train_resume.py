@@ -11,7 +11,7 @@ import pytest
 from train_fixtures import DATA, contents, make_training_cache, run_config, sweep_runs
 
 from cache_spec import CacheDamaged, DiskFull, UserError
-from train import sweep
+from train import finishing
 from train.config import RunConfig
 from train.loader import MixedBatchLoader
 from train.run_folder import COMPLETE
@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_every_step_and_says_how_to_go_on(whole, loader, tmp_path):
 
 @pytest.mark.parametrize("error", [DiskFull("full"), KeyboardInterrupt()])
 def test_what_goes_wrong_while_one_run_is_finished_costs_the_others_no_step(error, whole, loader, tmp_path):
-    finish = sweep.finish_run
+    finish = finishing.finish_run
 
     def fail(folder, sae, facts):
         if folder.name == "masked":
@@ -155,7 +155,7 @@ def test_what_goes_wrong_while_one_run_is_finished_costs_the_others_no_step(erro
         finish(folder, sae, facts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "finish_run", fail)
+        patch.setattr(finishing, "finish_run", fail)
         with pytest.raises(type(error)):
             train_sweep(loader, RUNS, out=tmp_path, checkpoint_every=EVERY)
     assert json.loads((tmp_path / "batchtopk" / "run.json").read_text())["status"] == COMPLETE

@@ -1,7 +1,8 @@
 """Activations: which pre-activations stay, in training and in use. Small final classes with one interface.
 
 `train` gives the codes [batch, d_sae] with gradients and, where a running threshold is kept, the smallest
-active value of the batch. `infer` gives the codes of the finished SAE, each row on its own.
+active value of the batch. `infer` gives the codes of the finished SAE, each row on its own. Where rows or latents
+are spread over processes, "the k largest" and "the smallest" are those of all processes.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from train.parallel.axis import ALONE, Spread
+from train.parallel.exchange import largest_in_rows, nth_largest
 
 FIXED, RUNNING, TRAINED = "none", "running", "trained"  # what becomes of an SAE's threshold
 
@@ -20,9 +24,9 @@ class Activation(Protocol):
     @property
     def threshold(self) -> str: ...
 
-    def train(self, pre: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+    def train(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> tuple[Tensor, Tensor | None]: ...
 
-    def infer(self, pre: Tensor, threshold: Tensor | None) -> Tensor: ...
+    def infer(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,10 @@ class ReLU:
 
     threshold: str = FIXED
 
-    def train(self, pre: Tensor, threshold: Tensor | None) -> tuple[Tensor, None]:
+    def train(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> tuple[Tensor, None]:
         return torch.relu(pre), None
 
-    def infer(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
+    def infer(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> Tensor:
         return torch.relu(pre)
 
 
@@ -45,11 +49,11 @@ class TopK:
     k: int
     threshold: str = FIXED
 
-    def train(self, pre: Tensor, threshold: Tensor | None) -> tuple[Tensor, None]:
-        return self.infer(pre, threshold), None
+    def train(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> tuple[Tensor, None]:
+        return self.infer(pre, threshold, spread), None
 
-    def infer(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
-        largest, latents = pre.topk(self.k, dim=-1, sorted=False)
+    def infer(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> Tensor:
+        largest, latents = largest_in_rows(pre, self.k, spread.latents)
         return torch.zeros_like(pre).scatter(-1, latents, torch.relu(largest))
 
 
@@ -63,11 +67,13 @@ class BatchTopK:
     k: int
     threshold: str = RUNNING
 
-    def train(self, pre: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        n_kept = self.k * pre.shape[0]
+    def train(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> tuple[Tensor, Tensor]:
+        n_kept = self.k * pre.shape[0] * spread.rows.size
+        if spread.size > 1:
+            return _keep_spread(pre, n_kept, spread)
         return _keep_on_cpu(pre, n_kept) if pre.device.type == "cpu" else _keep_anywhere(pre, n_kept)
 
-    def infer(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
+    def infer(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> Tensor:
         return Threshold().infer(pre, threshold)
 
 
@@ -81,11 +87,11 @@ class JumpReLU:
     bandwidth: float = 0.001
     threshold: str = TRAINED
 
-    def train(self, pre: Tensor, threshold: Tensor | None) -> tuple[Tensor, None]:
+    def train(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> tuple[Tensor, None]:
         f: Any = _Jump.apply(pre, threshold, self.bandwidth)
         return f, None
 
-    def infer(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
+    def infer(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> Tensor:
         return Threshold().infer(pre, threshold)
 
 
@@ -95,10 +101,10 @@ class Threshold:
 
     threshold: str = RUNNING
 
-    def train(self, pre: Tensor, threshold: Tensor | None) -> tuple[Tensor, None]:
-        return self.infer(pre, threshold), None
+    def train(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> tuple[Tensor, None]:
+        return self.infer(pre, threshold, spread), None
 
-    def infer(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
+    def infer(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> Tensor:
         assert threshold is not None
         return torch.where(pre > threshold, torch.relu(pre), 0.0)
 
@@ -118,6 +124,14 @@ def _keep_on_cpu(pre: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
         return f, _smallest_positive(f)
     below = torch.nextafter(bound, torch.zeros_like(bound)).item()  # `threshold` keeps what is greater
     return functional.threshold(pre, below, 0.0), bound
+
+
+def _keep_spread(pre: Tensor, n_kept: int, spread: Spread) -> tuple[Tensor, Tensor]:
+    """The same, of the pre-activations of all processes."""
+    axis = spread.rows if spread.latents.size == 1 else spread.latents
+    bound = nth_largest(pre.detach(), n_kept, axis, kth_largest)
+    f = torch.where(pre < bound, 0.0, torch.relu(pre))
+    return f, bound if bound > 0 else axis.least(_smallest_positive(f.detach()))
 
 
 def kth_largest(values: Tensor, n: int) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from train.parallel.axis import ALONE, Spread
 from train.penalties.lp import mean_power
 
 
@@ -28,7 +29,7 @@ class Annealing:
         return self._powers[max(self._n_moved(step), 1) - 1]
 
     @torch.no_grad()
-    def observe(self, codes: Tensor, step: int) -> None:
+    def observe(self, codes: Tensor, step: int, spread: Spread = ALONE) -> None:
         """After the loss of a step: note its penalties if a move will ask for them, and move if it is time.
 
         `codes` [batch, d_sae] are those that the penalty saw.
@@ -39,7 +40,8 @@ class Annealing:
         if not any(0 <= move - step < n_queue for move in self._moves):
             return
         now, following = (mean_power(codes, self._powers[i]) for i in (n_moved - 1, n_moved))
-        self._queue[step % n_queue] = torch.stack([now, following])
+        both = torch.stack([now, following])
+        self._queue[step % n_queue] = spread.rows.mean(spread.latents.total(both))
         if step == self._moves[n_moved]:
             now, following = self._queue.sum(0)  # a row that was never written adds nothing to either
             self.rescale = self.rescale * torch.where(following > 0, now / following, 1.0)

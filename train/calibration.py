@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from train.activations import RUNNING
 from train.loader import MixedBatchLoader
@@ -22,7 +23,7 @@ def threshold_for_l0(sae: SparseAutoencoder, batches: Iterable[Tensor], k: float
     positive ones: all stay on.
     """
     assert sae.threshold is not None
-    n_active = round(k * n_rows)
+    n_active, axis = round(k * n_rows), sae.spread.latents
     largest = sae.b_enc.new_empty(0)
     with torch.no_grad():
         for x in batches:
@@ -30,6 +31,11 @@ def threshold_for_l0(sae: SparseAutoencoder, batches: Iterable[Tensor], k: float
             margins = (pre - sae.threshold)[pre > 0]
             pool = torch.cat([largest, margins])
             largest = pool.topk(min(n_active + 1, len(pool))).values
+        if axis.size > 1:
+            padded = functional.pad(largest, (0, n_active + 1 - len(largest)), value=-torch.inf)
+            pool = axis.gather(padded).flatten()
+            largest = pool[pool > -torch.inf]
+            largest = largest.topk(min(n_active + 1, len(largest))).values
         if not len(largest):  # nothing is ever on: no threshold changes that
             return sae.threshold.detach().clone()
         moved = largest.min() - 1 if len(largest) <= n_active else (largest[n_active - 1] + largest[n_active]) / 2
@@ -58,7 +64,8 @@ def calibrate(sae: SparseAutoencoder, k: int, rows: list[Tensor], norm_factor: f
 @torch.no_grad()
 def mean_l0(sae: SparseAutoencoder, rows: list[Tensor]) -> float:
     """Active latents a row, in use."""
-    return sum(int((sae.encode(x) > 0).sum()) for x in rows) / sum(map(len, rows))
+    n_active = sum(int(sae.spread.latents.total((sae.encode(x) > 0).sum())) for x in rows)
+    return n_active / sum(map(len, rows))
 
 
 def has_running_threshold(sae: SparseAutoencoder) -> bool:

@@ -17,20 +17,33 @@ from safetensors.torch import load, save
 from cache_spec.errors import CacheDamaged, UserError
 from cache_spec.files import check_seal, crc32c, disk_full_as_error, read_json, readable_json, seal
 from cache_spec.untrusted import json_of, read_bounded
+from train.parallel.agree import led
 from train.run_folder import GO_ON, LOG, STATE, write_whole
 from train.step import TrainRun
 from train.stored import MOST_WEIGHTS
 
 N_KEPT = 2
+_BLOCK = 16 << 20
 _log = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, run: TrainRun) -> None:
-    """Write a run's state, and delete all but the last two."""
+    """Write a run's state, and delete all but the last two.
+
+    The file holds all of it, however many processes train the run; all of them call this at the same step.
+    """
     file = folder / STATE / f"step_{run.n_done:09d}.safetensors"
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in run.state().items()})
-    write_whole(file, data)
-    facts = {"n_done": run.n_done, "n_bytes": len(data), "tensors_crc32c": f"{crc32c(data):08x}"}
+    if run.spread.latents.size > 1:
+        from train.parallel.shards import write_tensors  # it imports DTensor, which takes a while
+
+        n_bytes, checksum = write_tensors(file, run.state(), run.spread.latents, GO_ON)
+    elif run.spread.leads:
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in run.state().items()})
+        write_whole(file, data)
+        n_bytes, checksum = len(data), f"{crc32c(data):08x}"
+    if not run.spread.leads:
+        return
+    facts = {"n_done": run.n_done, "n_bytes": n_bytes, "tensors_crc32c": checksum}
     write_whole(file.with_suffix(".json"), readable_json(seal(facts)))
     kept = _checkpoints(folder)[:N_KEPT]
     for old in (folder / STATE).glob("step_*"):
@@ -43,6 +56,9 @@ def restore_checkpoint(folder: Path, run: TrainRun) -> None:
 
     Says so if a newer one is damaged; raises UserError if all are.
     """
+    if run.spread.size > 1:
+        _restore_together(folder, run)
+        return
     files = _checkpoints(folder)
     for i, file in enumerate(files):
         try:
@@ -58,6 +74,33 @@ def restore_checkpoint(folder: Path, run: TrainRun) -> None:
     _cut_log(folder / LOG, run.n_done)
 
 
+def _restore_together(folder: Path, run: TrainRun) -> None:
+    """The same by all processes that train the run, each its part."""
+    step = led(run.spread, lambda: _newest_whole(folder))
+    if step:
+        file = folder / STATE / f"step_{step:09d}.safetensors"
+        if run.spread.latents.size > 1:
+            from train.parallel.shards import read_share
+
+            run.restore(read_share(file, run.spread.latents), step)
+        else:
+            run.restore(load(file.read_bytes()), step)
+    if run.spread.leads:
+        _cut_log(folder / LOG, run.n_done)
+
+
+def _newest_whole(folder: Path) -> int:
+    """Steps done at the newest checkpoint that is whole, 0 without any. Raises UserError if all are damaged."""
+    discard_damaged(folder)
+    files = _checkpoints(folder)
+    try:
+        return _check(files[0]) if files else 0
+    except (OSError, CacheDamaged) as error:
+        raise UserError(
+            f"no checkpoint in {folder / STATE} is whole ({error}); delete {folder} and train the run again"
+        ) from None
+
+
 def discard_damaged(folder: Path) -> None:
     """Delete the newest checkpoints as far as they are not whole, saying so, if there is a whole one before them.
 
@@ -66,8 +109,8 @@ def discard_damaged(folder: Path) -> None:
     damaged: list[tuple[Path, Exception]] = []
     for file in _checkpoints(folder):
         try:
-            _read(file)
-        except (OSError, CacheDamaged, SafetensorError, KeyError) as error:
+            _check(file)
+        except (OSError, CacheDamaged) as error:
             damaged.append((file, error))
             continue
         for bad, why in damaged:
@@ -115,19 +158,41 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((file for file in files if re.fullmatch("step_[0-9]{9,15}", file.stem)), reverse=True)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], int]:
-    """Tensors and number of steps. Raises CacheDamaged, OSError, SafetensorError or KeyError if anything is wrong."""
+def _check(file: Path) -> int:
+    """Number of steps. Raises CacheDamaged or OSError if anything is wrong; reads block by block."""
+    facts, tensors, checksum, n_bytes = _sealed(file), file.with_suffix(".safetensors"), 0, 0
+    if not tensors.is_file():
+        raise CacheDamaged(f"{tensors} cannot be read: it is no plain file")
+    with tensors.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            checksum, n_bytes = crc32c(block, checksum), n_bytes + len(block)
+    if f"{checksum:08x}" != facts.get("tensors_crc32c"):
+        raise CacheDamaged(_damaged(tensors, n_bytes))
+    return facts["n_done"]
+
+
+def _sealed(file: Path) -> dict[str, Any]:
+    """What a checkpoint's JSON file says, which is of the step in its name. Raises CacheDamaged or OSError."""
     facts = check_seal(read_json(file), file)
-    tensors = file.with_suffix(".safetensors")
     if type(facts.get("n_done")) is not int or int(file.stem.removeprefix("step_")) != facts["n_done"]:
         raise CacheDamaged(f"{file} is of step {facts.get('n_done')!r:.40}, not of the step in its name")
+    return facts
+
+
+def _read(file: Path) -> tuple[dict[str, Any], int]:
+    """Tensors and number of steps. Raises CacheDamaged, OSError, SafetensorError or KeyError if anything is wrong."""
+    facts, tensors = _sealed(file), file.with_suffix(".safetensors")
     try:
         data = read_bounded(tensors, MOST_WEIGHTS)
     except ValueError as error:
         raise CacheDamaged(f"{tensors} cannot be read: {error}") from None
     if f"{crc32c(data):08x}" != facts.get("tensors_crc32c"):
-        raise CacheDamaged(f"{tensors} has {len(data):,} bytes that do not match the checksum in {file.name}")
+        raise CacheDamaged(_damaged(tensors, len(data)))
     return load(data), facts["n_done"]
+
+
+def _damaged(tensors: Path, n_bytes: int) -> str:
+    return f"{tensors} has {n_bytes:,} bytes that do not match the checksum in {tensors.stem}.json"
 
 
 def _cut_log(log: Path, n_done: int) -> None:

@@ -17,7 +17,7 @@ class Outcome:
     loss: Tensor
     """A scalar, penalties included."""
     reconstruction: Tensor
-    """[batch, d_out], from all latents."""
+    """[batch, d_out], from all latents; where rows are spread over processes, of this process's rows."""
     n_active: Tensor
     """Codes above 0 in the batch, a scalar."""
     smallest: Tensor | None

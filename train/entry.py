@@ -17,6 +17,8 @@ from train.engine import Kernel, Outcome
 from train.loader import MixedBatchLoader
 from train.mixing import Batch, Mixture
 from train.names import find, parse_setting
+from train.parallel.agree import led
+from train.parallel.axis import ALONE, Spread
 from train.run_folder import FAILED, TRAINING, read_facts, write_facts
 from train.spans import LOG, MIX, span
 from train.step import TrainRun, learning_rate
@@ -34,6 +36,8 @@ class Entry:
     folder: Path
     facts: dict[str, Any]
     kernel: Kernel
+    spread: Spread = ALONE
+    """Over which processes this one run is spread; all of them have an entry, and one writes its files."""
     run: TrainRun | None = None
     tracker: Tracker | None = None
     latest: dict[str, Any] = field(default_factory=dict)
@@ -67,35 +71,43 @@ class Entry:
             self.kernel,
             device=device,
             d_out=loader.d_out if loader.data.target_hook else None,
+            spread=self.spread,
         )
         if self.config.corrupt:
             name, self._strength = parse_setting(self.config.corrupt, "corruption")
             self._corrupt = getattr(find("corruptions", name), name)
-        if read_facts(self.folder) is None:
-            write_facts(self.folder, self.facts)
-        remove_stale_partials(self.folder)
+        if self.spread.leads:
+            if read_facts(self.folder) is None:
+                write_facts(self.folder, self.facts)
+            remove_stale_partials(self.folder)
         restore_checkpoint(self.folder, self.run)
         self._first_step = self.run.n_done
-        self._note_kernel()
+        self._note("kernel", self.kernel.name, "--kernel {}")
+        if self.spread.size > 1 or "spread" in self.facts:
+            self._note("spread", str(self.spread), "{}")
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._n_finite = torch.zeros((), dtype=torch.int64, device=device)
-        if open_tracker is not None:
+        if open_tracker is not None and self.spread.leads:
             self.tracker = open_tracker(self.folder, self.facts, self.run.n_done)
 
-    def _note_kernel(self) -> None:
-        """Say and write down that another kernel goes on than the one that trained so far."""
-        so_far, now = self.facts["kernel"], self.kernel.name
+    def _note(self, fact: str, now: str, words: str) -> None:
+        """Say and write down that training goes on in another way than so far: another kernel, other processes."""
+        so_far = self.facts.get(fact, str(ALONE))
         if so_far.split(", ")[-1] == now:
             return
         if self._first_step:
             _log.warning(
-                "%s was trained with --kernel %s so far and goes on with %s: the same to rounding, not to the bit",
+                "%s was trained with %s so far and goes on with %s: the same to rounding, not to the bit",
                 self.config.name,
-                so_far,
+                words.format(so_far),
                 now,
             )
-        self.facts["kernel"] = f"{so_far}, {now}" if self._first_step else now
-        write_facts(self.folder, self.facts)
+        self.facts[fact] = f"{so_far}, {now}" if self._first_step else now
+        self._write_facts()
+
+    def _write_facts(self) -> None:
+        if self.spread.leads:
+            write_facts(self.folder, self.facts)
 
     def step(self, batch: Batch, loader: MixedBatchLoader, checkpoint_every: int) -> None:
         """One step, with its log line and its checkpoint when they are due. Sets `failure` instead of going on."""
@@ -127,7 +139,7 @@ class Entry:
 
     def keep(self) -> None:
         """Write a checkpoint of where the run is, unless there is one or its numbers are not finite."""
-        if self.run is None or self.run.n_done in (0, checkpoint_step(self.folder)):
+        if self.run is None or self.run.n_done in (0, led(self.spread, lambda: checkpoint_step(self.folder))):
             return
         self._look(None, at_weights=True)
         if not self.failure:
@@ -155,15 +167,21 @@ class Entry:
         if n_finite < run.n_done - self._first_step:
             value = "not finite" if loss is None else loss.item()
             self.failure, self.failed_step = f"its loss is {value}", self._first_step + n_finite + 1
-        elif at_weights and not all(bool(tensor.isfinite().all()) for tensor in run.sae.state_dict().values()):
+        elif at_weights and not self._has_finite_weights():
             self.failure, self.failed_step = "its weights are not finite", run.n_done
+
+    def _has_finite_weights(self) -> bool:
+        tensors = self.training.sae.state_dict().values()
+        n_bad = sum(not bool(tensor.isfinite().all()) for tensor in tensors)
+        return not self.spread.all.count(n_bad, torch.empty(0))
 
     def fail(self) -> None:
         """Write down that the run failed, and let go of the SAE; its last good checkpoint stays."""
         self.run = None
-        failure = {"step": self.failed_step, "reason": self.failure, "checkpoint": checkpoint_step(self.folder)}
+        kept = led(self.spread, lambda: checkpoint_step(self.folder))
+        failure = {"step": self.failed_step, "reason": self.failure, "checkpoint": kept}
         self.facts |= {"status": FAILED, "failure": failure}
-        write_facts(self.folder, self.facts)
+        self._write_facts()
         self.close_tracker()
 
     def close_tracker(self) -> None:
@@ -173,7 +191,8 @@ class Entry:
 
     def _log(self, outcome: Outcome, target: Tensor) -> None:
         self.latest = log_line(self.training, outcome, target)
-        append_log(self.folder, self.latest)
+        if self.spread.leads:
+            append_log(self.folder, self.latest)
         if self.tracker is not None:
             self.tracker.log(self.latest)
 
@@ -186,7 +205,8 @@ class Entry:
 @torch.no_grad()
 def log_line(run: TrainRun, outcome: Outcome, target: Tensor) -> dict[str, Any]:
     """What log.jsonl says of a step; None where a number is none."""
-    error = (target - outcome.reconstruction).square().sum()
+    rows = run.spread.rows
+    error = rows.total((target[rows.share(len(target))] - outcome.reconstruction).square().sum())
     variance = (target - target.mean(0)).square().sum()
     explained = (1 - error / variance).item()
     return {
@@ -195,6 +215,6 @@ def log_line(run: TrainRun, outcome: Outcome, target: Tensor) -> dict[str, Any]:
         "loss": outcome.loss.item(),
         "explained_variance": explained if math.isfinite(explained) else None,
         "l0": outcome.n_active.item() / len(target),
-        "n_dead": int(run.dead().sum()),
+        "n_dead": int(run.spread.latents.total(run.dead().sum())),
         "lr": learning_rate(run.config, run.n_done - 1, run.n_steps),
     }

@@ -51,14 +51,16 @@ def measure_held_out(run: TrainRun, rows: Tensor | None, targets: Tensor | None 
     The variance is that of what is reconstructed: the rows, or a transcoder's targets. n_dead counts the latents that
     training left silent for `dead_tokens`.
     """
-    facts: dict[str, Any] = {"l0": None, "explained_variance": None, "n_dead": int(run.dead().sum())}
+    latents = run.spread.latents
+    n_dead = int(latents.total(run.dead().sum()))
+    facts: dict[str, Any] = {"l0": None, "explained_variance": None, "n_dead": n_dead}
     if rows is None:
         return {"held_out": facts}
     targets = rows if targets is None else targets
     n_active, error = 0, 0.0
     for part, target in zip(rows.split(2048), targets.split(2048), strict=True):
         f = run.sae.encode(part)
-        n_active += int((f > 0).sum())
+        n_active += int(latents.total((f > 0).sum()))
         error += (target - run.sae.decode(f, part)).square().sum().item()
     variance = (targets - targets.mean(0)).square().sum().item()
     facts["l0"] = n_active / len(rows)

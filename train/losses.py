@@ -21,6 +21,7 @@ def inconsistency(sae: SparseAutoencoder, f: Tensor, twin: Tensor, paired: Tenso
     0 if no row is paired. The twins are a batch of their own to an activation that looks at the whole batch.
     """
     pre = sae.pre_activations(twin)
-    others = sae.codes(pre, sae.activation.train(pre, sae.threshold)[0])
-    distances = (f - others).square().sum(-1)
-    return torch.where(paired, distances, 0.0).sum() / paired.sum().clamp(min=1)
+    others = sae.codes(pre, sae.activation.train(pre, sae.threshold, sae.spread)[0])
+    distances = sae.spread.latents.total((f - others).square().sum(-1))
+    n_paired = sae.spread.rows.total(paired.sum()).clamp(min=1)
+    return torch.where(paired, distances, 0.0).sum() * sae.spread.rows.size / n_paired

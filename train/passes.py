@@ -14,6 +14,7 @@ from train.choosing import job_of, kernel_of
 from train.config import RunConfig
 from train.held_out import MAX_ROWS
 from train.loader import MixedBatchLoader
+from train.parallel.axis import ALONE, Spread
 from train.step import penalties_of
 
 _STATE_BYTES = 16  # a parameter's weight, gradient and two moments in float32
@@ -58,19 +59,19 @@ def step_cost(config: RunConfig, loader: MixedBatchLoader, kernel: str) -> float
     return 2.0 * batch * config.d_sae * d_in + 6.0 * batch * config.k * (d_in + d_out)
 
 
-def state_bytes(config: RunConfig, loader: MixedBatchLoader) -> int:
-    """What one SAE in training holds from step to step."""
-    return _STATE_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
+def state_bytes(config: RunConfig, loader: MixedBatchLoader, spread: Spread = ALONE) -> int:
+    """What one SAE in training holds from step to step, here of its shares."""
+    return _STATE_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out) // spread.latents.size
 
 
-def step_bytes(config: RunConfig, loader: MixedBatchLoader, kernel: str) -> int:
+def step_bytes(config: RunConfig, loader: MixedBatchLoader, kernel: str, spread: Spread = ALONE) -> int:
     """What one step holds beside the state at its peak, with the kernel of that name: dense, or one like sparse."""
-    batch, recipe = loader.data.batch_size, job_of(config, loader).recipe
+    batch, recipe = loader.data.batch_size // spread.rows.size, job_of(config, loader).recipe
     rows = 4 * batch * loader.d_out
     copies = _PRE_ACTIVATIONS + (_DEAD_COPIES if penalties_of(config, recipe).get("auxk") else 0)
     entry = _GROUPED_ENTRY_BYTES if len(recipe.prefixes) > 1 else _ENTRY_BYTES
     sparse = 4 * batch * copies * config.d_sae + entry * batch * config.k + _ROW_COPIES * rows
-    dense = 4 * batch * _DENSE_COPIES * config.d_sae + 4 * rows
+    dense = 4 * batch * _DENSE_COPIES * config.d_sae // spread.latents.size + 4 * rows
     if kernel == "dense":
         return dense
     return sparse + (dense if isinstance(recipe.activation, JumpReLU) else 0)  # its first steps are dense
@@ -84,10 +85,10 @@ class _Need:
     step: int
 
 
-def _need(config: RunConfig, loader: MixedBatchLoader, kernel: str) -> _Need:
+def _need(config: RunConfig, loader: MixedBatchLoader, kernel: str, spread: Spread) -> _Need:
     saved = _SAVED_BYTES * n_parameters(config, loader.hook.d_model, loader.d_out)
-    step = step_bytes(config, loader, kernel_of(config, loader, kernel).name)
-    return _Need(state_bytes(config, loader), step + (saved if loader.device.type == "cpu" else 0))
+    step = step_bytes(config, loader, kernel_of(config, loader, kernel, spread).name, spread)
+    return _Need(state_bytes(config, loader, spread), step + (saved if loader.device.type == "cpu" else 0))
 
 
 def _together(needs: Sequence[_Need], loader: MixedBatchLoader, n_threads: int) -> int:
@@ -97,12 +98,18 @@ def _together(needs: Sequence[_Need], loader: MixedBatchLoader, n_threads: int) 
     return sum(need.state for need in needs) + at_once + rows
 
 
-def needed_bytes(configs: Sequence[RunConfig], loader: MixedBatchLoader, n_threads: int, kernel: str = "auto") -> int:
+def needed_bytes(
+    configs: Sequence[RunConfig],
+    loader: MixedBatchLoader,
+    n_threads: int,
+    kernel: str = "auto",
+    spread: Spread = ALONE,
+) -> int:
     """An estimate for SAEs that train together: their states, the steps that run at once, and the rows.
 
     `kernel` is what was asked for. Raises UserError if it cannot train one of them.
     """
-    return _together([_need(config, loader, kernel) for config in configs], loader, n_threads)
+    return _together([_need(config, loader, kernel, spread) for config in configs], loader, n_threads)
 
 
 def split(
@@ -111,6 +118,7 @@ def split(
     n_threads: int,
     free: int | None,
     kernel: str = "auto",
+    spread: Spread = ALONE,
     *,
     at_least: int = 1,
 ) -> list[list[RunConfig]]:
@@ -119,7 +127,7 @@ def split(
     `at_least` so many passes, some of them empty if there are fewer runs: other ranks need them. Raises UserError if
     one SAE alone does not fit.
     """
-    needs = [_need(config, loader, kernel) for config in configs] if free is not None else []
+    needs = [_need(config, loader, kernel, spread) for config in configs] if free is not None else []
     for n_passes in range(at_least, max(at_least, len(configs)) + 1):
         ends = [len(configs) * i // n_passes for i in range(n_passes + 1)]
         if free is None or all(_together(needs[start:end], loader, n_threads) <= free for start, end in pairwise(ends)):

@@ -13,6 +13,8 @@ from train.engine import Kernel
 from train.entry import Entry
 from train.facts import differing_facts, run_facts
 from train.loader import MixedBatchLoader
+from train.parallel.agree import led
+from train.parallel.axis import ALONE, Spread
 from train.passes import step_cost
 from train.ranks import Team
 from train.run_folder import COMPLETE, FAILED, GO_ON, check_out, failure_of, hold, holds_files, read_facts
@@ -21,11 +23,27 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(
-    loader: MixedBatchLoader, configs: Sequence[RunConfig], out: Path, kernels: Sequence[Kernel], resume: bool
+    loader: MixedBatchLoader,
+    configs: Sequence[RunConfig],
+    out: Path,
+    kernels: Sequence[Kernel],
+    resume: bool,
+    spread: Spread = ALONE,
 ) -> list[Entry]:
-    """Check every folder before the first is touched."""
+    """Check every folder before the first is touched. Of ranks that train each run together one checks for all."""
+    checked = led(spread, lambda: _checked_facts(loader, configs, out, kernels, resume))
+    return [
+        Entry(config=config, folder=out / config.name, facts=facts, kernel=kernel, spread=spread)
+        for config, facts, kernel in zip(configs, checked, kernels, strict=True)
+    ]
+
+
+def _checked_facts(
+    loader: MixedBatchLoader, configs: Sequence[RunConfig], out: Path, kernels: Sequence[Kernel], resume: bool
+) -> list[dict[str, Any]]:
+    """What the run.json of each run says, or will say."""
     check_out(out)
-    entries = []
+    checked = []
     for config, kernel in zip(configs, kernels, strict=True):
         folder = out / config.name
         facts, old = run_facts(config, loader, kernel), read_facts(folder)
@@ -34,8 +52,8 @@ def prepare(
             facts = old
         elif folder.exists() and (not folder.is_dir() or holds_files(folder)):
             raise UserError(f"{folder} is there and is no run; move it away or name another --out")
-        entries.append(Entry(config=config, folder=folder, facts=facts, kernel=kernel))
-    return entries
+        checked.append(facts)
+    return checked
 
 
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], resume: bool) -> None:
@@ -63,6 +81,16 @@ def hold_folder(entry: Entry, held: ExitStack) -> None:
         remove_checkpoints(entry.folder)
 
 
+def hold_together(entry: Entry, held: ExitStack) -> None:
+    """The same of a run that all ranks train: one holds the folder for all."""
+
+    def facts() -> dict[str, Any]:
+        hold_folder(entry, held)
+        return entry.facts
+
+    entry.facts = led(entry.spread, facts)
+
+
 def spread(costs: Sequence[float], n_ranks: int) -> list[list[int]]:
     """Which of some things each rank does, by number and rising: the costliest first, each to whom has least to do."""
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
@@ -75,12 +103,13 @@ def spread(costs: Sequence[float], n_ranks: int) -> list[list[int]]:
 
 
 def share_of(entries: Sequence[Entry], loader: MixedBatchLoader, team: Team) -> list[Entry]:
-    """The waiting runs that this rank trains: each on one rank, by what is left of it. All ranks call it.
+    """The waiting runs that this rank trains: each on one rank, by what is left of it, unless all train each run.
+    All ranks call it.
 
     The first rank decides: on a network file system others may see a folder as it was.
     """
     waiting = [entry for entry in entries if entry.is_waiting]
-    if team.rank.count == 1:
+    if team.rank.count == 1 or team.spread.size > 1:
         return waiting
     costs = [
         step_cost(entry.config, loader, entry.kernel.name) * max(1, loader.n_steps - checkpoint_step(entry.folder))

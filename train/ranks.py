@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from cache_spec.errors import UserError
+from train.parallel.axis import ALONE, Axis, Spread
 from train.watch import INTERRUPTED, JobEnded, Rank, Watch, address, interrupted_once
 
-PARALLEL = ("sweep",)
+PARALLEL = ("sweep", "data", "latents")
 JOIN_SECONDS = 120  # for all to come; they start together
 COLLECTIVE_SECONDS = 600  # for one exchange: the first rank may write a checkpoint meanwhile; the watch is faster
 _SAME_ERROR_SECONDS = 3.0
@@ -111,6 +112,14 @@ class Team:
         return self.rank.index == 0
 
     @property
+    def spread(self) -> Spread:
+        """How each run is spread over the ranks; not at all where they share a sweep."""
+        axis = Axis(self.rank.count, self.rank.index, self.group)
+        if self.parallel == "data":
+            return Spread(rows=axis, all=axis)
+        return Spread(latents=axis, all=axis) if self.parallel == "latents" else ALONE
+
+    @property
     def node(self) -> tuple[Rank, ...]:
         """The ranks on this machine: those that torchrun started together."""
         first = self.rank.index - self.rank.local_index
@@ -135,6 +144,10 @@ class Team:
         """What to say, and to do, when a rank is gone; asked for when it has happened."""
         if self.watch is not None:
             self.watch.advice = advice
+
+    def has_lost(self) -> bool:
+        """Whether a rank is known to be gone."""
+        return self.watch is not None and self.watch.reason is not None
 
     def part_of(self, free: int | None) -> int | None:
         """Of the free bytes of this rank's device, those that are for it: several may share a CPU, or a GPU."""

@@ -50,7 +50,12 @@ class Forward:
 
 @dataclass(frozen=True, kw_only=True)
 class StepView:
-    """What a penalty gets to see of one step. A penalty is a function of it that returns a scalar."""
+    """What a penalty gets to see of one step. A penalty is a function of it that returns a scalar.
+
+    Where an SAE is spread over processes (`sae.spread`), codes and `dead` are those of this process's latents, and rows
+    are its rows. A penalty is then a mean over these rows: what sums over latents takes `spread.latents.total`, and
+    what is no sum over rows takes `spread.rows.mean` of each mean that it is made of.
+    """
 
     sae: SparseAutoencoder
     x: Tensor

@@ -53,8 +53,19 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def finish_run(folder: Path, sae: SparseAutoencoder, facts: dict[str, Any]) -> None:
-    """Write the SAE, and then run.json with the status "complete"."""
-    write_whole(folder / WEIGHTS, save(fold(sae, facts["norm_factor"], facts.get("target_norm_factor"))))
+    """Write the SAE, and then run.json with the status "complete".
+
+    All processes that train it call this, and one of them writes.
+    """
+    tensors = fold(sae, facts["norm_factor"], facts.get("target_norm_factor"))
+    if sae.spread.latents.size > 1:
+        from train.parallel.shards import write_tensors  # it imports DTensor, which takes a while
+
+        write_tensors(folder / WEIGHTS, tensors, sae.spread.latents, GO_ON)
+    elif sae.spread.leads:
+        write_whole(folder / WEIGHTS, save(tensors))
+    if not sae.spread.leads:
+        return
     write_whole(folder / CFG, readable_json(saelens_config(sae, facts)))
     write_facts(folder, {**facts, "status": COMPLETE})
 

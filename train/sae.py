@@ -1,6 +1,7 @@
 """The sparse autoencoder. There is one: an architecture is an activation, penalties and prefixes."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,10 @@ from torch.nn import functional
 
 from cache_spec.seeds import derive_seed
 from train.activations import FIXED, TRAINED, Activation, Threshold
+from train.parallel.axis import ALONE, Spread
 
 UNSET = -1.0  # a running threshold before its first value
+_ROWS_DRAWN = 8192  # a multiple of 16, in which torch makes normal numbers: so the parts are those of the whole
 
 
 class SparseAutoencoder(nn.Module):
@@ -22,6 +25,9 @@ class SparseAutoencoder(nn.Module):
     A gated one (Rajamanoharan et al. 2024) has r_mag and b_mag [d_sae] too: its activation only says which latents
     are on. A transcoder has a `d_out`, which an SAE leaves to be d_model, and may have W_skip [d_model, d_out], a
     linear path beside the latents (Paulo et al. 2025).
+
+    Where latents are spread over processes each has its share of them, and codes are those of its share: there
+    [batch, d_sae] is [batch, d_sae / processes]. Reconstructions are whole.
     """
 
     threshold: Tensor | None
@@ -41,9 +47,11 @@ class SparseAutoencoder(nn.Module):
         d_out: int | None = None,
         skip: bool = False,
         dtype: torch.dtype = torch.float32,
+        spread: Spread = ALONE,
     ) -> None:
         super().__init__()
         self.d_model, self.d_sae = d_model, d_sae
+        self.spread, self.latents = spread, spread.latents.share(d_sae)
         self.d_out = d_model if d_out is None else d_out
         self.is_transcoder = d_out is not None
         assert not (subtract_b_dec and self.is_transcoder), "b_dec belongs to the target, not to the input"
@@ -53,6 +61,7 @@ class SparseAutoencoder(nn.Module):
         assert self.prefixes[-1] == d_sae
         assert list(self.prefixes) == sorted(set(self.prefixes))
         self.subtract_b_dec = subtract_b_dec
+        d_sae = d_sae // spread.latents.size
         # In memory latent by latent, as W_dec is: sparse kernels gather the rows of both.
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_model, dtype=dtype).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
@@ -96,16 +105,27 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """[batch, d_model] -> [batch, d_sae], as the finished SAE does it: no row depends on another."""
         pre = self.pre_activations(x)
-        return self.codes(pre, self.activation.infer(pre, self.threshold))
+        return self.codes(pre, self.activation.infer(pre, self.threshold, self.spread))
 
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
         """[batch, d_sae] -> [batch, d_out]. With a skip the input x [batch, d_model] is needed too."""
+        if self.spread.latents.size > 1:
+            return self._added_up([f @ self.W_dec + self._offset(x)])[0]
         if self.W_skip is None:
             return functional.linear(f, self.W_dec.t(), self.b_dec)
         return f @ self.W_dec + self._offset(x)
 
+    def _added_up(self, parts: list[Tensor]) -> list[Tensor]:
+        """Reconstructions [batch, d_out] from what each process's latents add to them; one message for all of them."""
+        return list(self.spread.latents.total(torch.stack(parts).to(self.b_dec.dtype)))
+
     def _offset(self, x: Tensor | None) -> Tensor:
-        """What is reconstructed when every latent is off: b_dec, or [batch, d_out] where a skip adds to it."""
+        """What is reconstructed when every latent is off: b_dec, or [batch, d_out] where a skip adds to it.
+
+        Where latents are spread, one process adds it: so its gradients are to be added up as those of a share are.
+        """
+        if self.spread.latents.index:
+            return torch.zeros_like(self.b_dec)
         if self.W_skip is None:
             return self.b_dec
         assert x is not None, "a skip needs the input"
@@ -115,13 +135,15 @@ class SparseAutoencoder(nn.Module):
         """[batch, d_sae] -> one reconstruction [batch, d_out] per prefix, as running sums of the groups between."""
         if len(self.prefixes) == 1:
             return [self.decode(f, x)]
-        sizes = [end - start for start, end in zip((0, *self.prefixes), self.prefixes, strict=False)]
+        own = self.latents  # where latents are spread, those of a group that are here; there may be none
+        ends = [min(max(end, own.start), own.stop) - own.start for end in (0, *self.prefixes)]
+        sizes = [end - start for start, end in pairwise(ends)]
         reconstructions: list[Tensor] = []
         total = self._offset(x)
         for codes, rows in zip(f.split(sizes, dim=-1), self.W_dec.split(sizes), strict=True):
             total = torch.addmm(total, codes, rows)
             reconstructions.append(total)
-        return reconstructions
+        return reconstructions if self.spread.latents.size == 1 else self._added_up(reconstructions)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, d_model] -> its reconstruction, or what a transcoder makes of it [batch, d_out]."""
@@ -156,11 +178,11 @@ def initialise(sae: SparseAutoencoder, seed: int, *, entries: str, norm: float, 
     sizes give the same weights, whatever the device.
     """
     generator = torch.Generator().manual_seed(derive_seed("train/init", seed))
-    rows = _random_rows(sae.d_sae, sae.d_out, entries, norm, generator)
-    sae.W_dec.copy_(rows)
+    _fill_rows(sae.W_dec, sae, entries, norm, generator)
     if sae.is_transcoder:
-        rows = _random_rows(sae.d_sae, sae.d_model, entries, norm, generator)
-    sae.W_enc.copy_(rows.t())
+        _fill_rows(sae.W_enc.t(), sae, entries, norm, generator)
+    else:
+        sae.W_enc.copy_(sae.W_dec.t())
     for parameter in (sae.b_enc, sae.b_dec, sae.r_mag, sae.b_mag, sae.W_skip):
         if parameter is not None:
             parameter.zero_()
@@ -168,11 +190,22 @@ def initialise(sae: SparseAutoencoder, seed: int, *, entries: str, norm: float, 
         sae.threshold.fill_(threshold)
 
 
-def _random_rows(n: int, width: int, entries: str, norm: float, generator: torch.Generator) -> Tensor:
-    """[n, width], each row of length `norm`."""
-    rows = torch.empty(n, width)
-    rows = rows.normal_(generator=generator) if entries == "normal" else rows.uniform_(-1, 1, generator=generator)
-    return rows * (norm / rows.norm(dim=1, keepdim=True))
+def _fill_rows(rows: Tensor, sae: SparseAutoencoder, entries: str, norm: float, generator: torch.Generator) -> None:
+    """Draw a row of length `norm` for each of the SAE's latents, in their order, and keep those of its own latents.
+
+    The numbers are drawn some latents at a time, so that memory need not hold an SAE that is spread over processes.
+    """
+    n, width, own = sae.d_sae, rows.shape[1], sae.latents
+    starts = range(0, max(n - _ROWS_DRAWN, 1), _ROWS_DRAWN)
+    for start, end in pairwise([*starts, n]):
+        drawn = torch.empty(end - start, width)
+        drawn = (
+            drawn.normal_(generator=generator) if entries == "normal" else drawn.uniform_(-1, 1, generator=generator)
+        )
+        first, last = max(start, own.start), min(end, own.stop)
+        if first < last:
+            drawn = drawn[first - start : last - start]
+            rows[first - own.start : last - own.start] = drawn * (norm / drawn.norm(dim=1, keepdim=True))
 
 
 @torch.no_grad()

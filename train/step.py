@@ -12,6 +12,7 @@ from train.annealing import Annealing
 from train.config import RunConfig
 from train.engine import Kernel, Outcome
 from train.names import find, parse_setting
+from train.parallel.axis import ALONE, Spread
 from train.penalties._codes import weighted_codes
 from train.recipe import Forward, Recipe, StepView
 from train.sae import SparseAutoencoder, geometric_median, initialise
@@ -98,6 +99,7 @@ def new_sae(
     d_out: int | None = None,
     skip: bool = False,
     dtype: torch.dtype = torch.float32,
+    spread: Spread = ALONE,
 ) -> SparseAutoencoder:
     """An SAE (with `d_out`, a transcoder) of a recipe, at its start but for what b_dec takes from data."""
     sae = SparseAutoencoder(
@@ -110,6 +112,7 @@ def new_sae(
         d_out=d_out,
         skip=skip,
         dtype=dtype,
+        spread=spread,
     )
     initialise(sae, seed, entries=recipe.init_entries, norm=recipe.init_norm, threshold=recipe.init_threshold)
     return sae
@@ -137,13 +140,14 @@ class TrainRun:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         d_out: int | None = None,
+        spread: Spread = ALONE,
     ) -> None:
-        self.config, self.n_steps = config, n_steps
+        self.config, self.n_steps, self.spread = config, n_steps, spread
         self.recipe = recipe_of(config, transcoder=d_out is not None)
         self.coefficients = {name: value for name, value in penalties_of(config, self.recipe).items() if value}
         self.penalties = [(getattr(find("penalties", name), name), value) for name, value in self.coefficients.items()]
         self.sae = new_sae(
-            self.recipe, d_model, config.d_sae, config.seed, d_out=d_out, skip=config.skip, dtype=dtype
+            self.recipe, d_model, config.d_sae, config.seed, d_out=d_out, skip=config.skip, dtype=dtype, spread=spread
         ).to(device)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=self.recipe.betas, fused=True)
         self.annealing = None
@@ -158,7 +162,7 @@ class TrainRun:
                 device=device,
             )
         self.n_done = 0  # steps
-        self.silent_tokens = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # since each latent fired
+        self.silent_tokens = torch.zeros(len(self.sae.b_enc), dtype=torch.int64, device=device)  # since each fired
         self._no_dead_until = config.dead_tokens  # tokens seen before which no latent can be dead
         self.kernel = kernel
         self._engine = kernel.engine(self)
@@ -175,6 +179,8 @@ class TrainRun:
             self.sae.b_dec.copy_(geometric_median(rows))
         elif self.recipe.init_b_dec == "mean":
             self.sae.b_dec.copy_(rows.mean(0))
+        for axis in (self.spread.rows, self.spread.latents):
+            axis.first(self.sae.b_dec)  # another machine may have rounded it otherwise
 
     def step(self, x: Tensor, target: Tensor, twin: Tensor | None = None, paired: Tensor | None = None) -> Outcome:
         """One update on rows [batch, d_model]; gives what came out before it.
@@ -201,10 +207,12 @@ class TrainRun:
     def observe(self, view: StepView) -> None:
         """Let the annealing of a power see the codes of a step."""
         if self.annealing is not None:
-            self.annealing.observe(weighted_codes(view), self.n_done)
+            self.annealing.observe(weighted_codes(view), self.n_done, self.spread)
 
     def count_silence(self, fired: Tensor, n_rows: int) -> Tensor | None:
         """Count tokens since each latent fired ([d_sae] bool); the numbers of the dead latents, None without any.
+
+        Where latents are spread over processes both are of this process's own, and "without any" is of all.
 
         The device is only asked when a latent can be dead by now: the longest silence so far bounds all later ones.
         """
@@ -213,7 +221,7 @@ class TrainRun:
         n_tokens = (self.n_done + 1) * n_rows
         if n_tokens < self._no_dead_until:
             return None
-        longest = int(self.silent_tokens.max())
+        longest = int(self.spread.latents.largest(self.silent_tokens.max()))
         self._no_dead_until = n_tokens + self.config.dead_tokens - longest
         if longest < self.config.dead_tokens:
             return None

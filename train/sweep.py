@@ -4,33 +4,33 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cache_spec.errors import CacheDamaged, UserError
 from cache_spec.progress import Progress
-from train.calibration import calibrate, calibration_rows, has_running_threshold
-from train.checkpoint import checkpoint_step, discard_damaged, last_logged, remove_checkpoints, save_checkpoint
+from train.checkpoint import checkpoint_step, discard_damaged
 from train.choosing import kernels_for
 from train.config import RunConfig
 from train.entry import Entry
-from train.held_out import held_out_rows, held_out_targets, measure_held_out
+from train.finishing import HeldOut, finish
+from train.held_out import held_out_rows, held_out_targets
 from train.loader import MixedBatchLoader
 from train.mixing import Rows
+from train.parallel.agree import StoppedTogether, led, stopping_together
+from train.parallel.limits import least_memory, refuse_spread
 from train.passes import needed_bytes, passes_sentence, split, threads_of
-from train.preparing import hold_folder, last_checkpoint, prepare, share_of
+from train.preparing import hold_folder, hold_together, last_checkpoint, prepare, share_of
 from train.profile import PROFILE, profiling
 from train.ranks import Team, alone
 from train.reading import before_training
 from train.run_folder import (
-    COMPLETE,
     FAILED,
     GO_ON,
     failure_of,
-    finish_run,
 )
 from train.schedule import epoch_ended
 from train.spans import MIX, SAE_STEP, WAIT, span
@@ -39,7 +39,6 @@ from train.watch import JobEnded
 from train.workers import Workers, workers
 
 _NOTE_EVERY = 20  # steps
-_HeldOut = tuple[Tensor | None, Tensor | None]  # rows, and a transcoder's targets
 _log = logging.getLogger(__name__)
 
 
@@ -71,30 +70,38 @@ def train_sweep(
     cache. A run whose loss is not finite ends with the status "failed", and the others go on. With `profile` a few
     steps of the first pass are profiled, which changes no result (train/profile.py). Raises UserError, before anything
     is written, for a folder that holds another run of the same name or that another process trains.
+
+    A `team` of several ranks calls this with the same arguments on each. Its `parallel` says whether they share the
+    runs, or train each run together: then one rank writes its files, and the runs take turns.
     """
     team = team or alone()
-    entries = prepare(loader, configs, out, kernels_for(loader, configs, kernel), resume)
+    spread = team.spread
+    refuse_spread(configs, loader, spread)
+    entries = prepare(loader, configs, out, kernels_for(loader, configs, kernel, spread), resume, spread)
     if not any(entry.is_waiting for entry in entries) and profile:
         _log.info("nothing is left to train, so there is nothing to profile")
-    own = share_of(entries, loader, team)
+    own, memory = share_of(entries, loader, team), least_memory(spread, memory)
     names = {entry.config.name for entry in own}
-    parts = split([entry.config for entry in own], loader, n_threads, memory, kernel)  # refuses what does not fit
-    n_passes = max(team.gather(len(parts)))  # so all ranks have looked at the folders before the first writes
+    fit = partial(split, loader=loader, n_threads=n_threads, free=memory, kernel=kernel, spread=spread)
+    n_passes = len(fit([entry.config for entry in own]))  # refuses what does not fit
+    n_passes = max(team.gather(n_passes))  # so all ranks have looked at the folders before the first writes
     team.on_loss(lambda: last_checkpoint(entries))
-    held_out: _HeldOut = (None, None)
+    held_out: HeldOut = (None, None)
     if own:
         with before_training():
             held_out = held_out_rows(loader), held_out_targets(loader)
     with ExitStack() as held:
         for entry in entries:
-            if entry.config.name in names or (team.is_first and not entry.is_waiting):
+            if spread.size > 1:
+                hold_together(entry, held)
+            elif entry.config.name in names or (team.is_first and not entry.is_waiting):
                 hold_folder(entry, held)
         waiting = [entry for entry in own if entry.is_waiting]
         by_name = {entry.config.name: entry for entry in waiting}
-        at_least = n_passes if team.rank.count > 1 else 1
-        passes = split([entry.config for entry in waiting], loader, n_threads, memory, kernel, at_least=at_least)
+        at_least = n_passes if team.rank.count > 1 and spread.size == 1 else 1
+        passes = fit([entry.config for entry in waiting], at_least=at_least)
         if len(passes) > 1:
-            needed = needed_bytes([entry.config for entry in waiting], loader, n_threads, kernel)
+            needed = needed_bytes([entry.config for entry in waiting], loader, n_threads, kernel, spread)
             _log.info("%s", passes_sentence(passes, needed, memory))
         trace = out / PROFILE if profile else None
         sweep = _Sweep(loader, checkpoint_every, n_threads, open_tracker, held_out, trace, team)
@@ -119,6 +126,11 @@ def failures_sentence(facts: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _newest_step(entry: Entry) -> int:
+    discard_damaged(entry.folder)
+    return checkpoint_step(entry.folder)
+
+
 class _Sweep:
     """What the passes of one sweep share."""
 
@@ -128,7 +140,7 @@ class _Sweep:
         checkpoint_every: int,
         n_threads: int,
         open_tracker: OpenTracker | None,
-        held_out: _HeldOut,
+        held_out: HeldOut,
         profile: Path | None,
         team: Team,
     ) -> None:
@@ -142,22 +154,28 @@ class _Sweep:
         loader, entries = self._loader, [entry for part in passes for entry in part]
         if not entries and self._team.rank.count == 1:
             return
-        for entry in entries:
-            discard_damaged(entry.folder)
-        n_left = sum(loader.n_steps - checkpoint_step(entry.folder) for entry in entries)
+        n_left = led(self._team.spread, lambda: sum(loader.n_steps - _newest_step(entry) for entry in entries))
         what = f"training {len(entries)} {'SAE' if len(entries) == 1 else 'SAEs'}"
-        what += f" on rank 0 of {self._team.rank.count}" if self._team.rank.count > 1 else ""
+        if self._team.rank.count > 1:
+            spread = self._team.spread
+            what += f", {spread}" if spread.size > 1 else f" on rank 0 of {self._team.rank.count}"
         with Progress(what, n_left, "SAE steps", shown=self._team.is_first) as progress:
             for i, part in enumerate(passes):
                 if len(passes) > 1:
                     _log.info("pass %s of %s: %s SAEs", i + 1, len(passes), len(part))
-                with _closed(part), _kept_at_ctrl_c(part), _kept_at_damage(part), _memory_as_sentence():
+                with (
+                    stopping_together(self._team.spread, self._team.has_lost) as after_step,
+                    _closed(part),
+                    _kept_at_ctrl_c(part),
+                    _kept_at_damage(part),
+                    _memory_as_sentence(),
+                ):
                     for entry in part:
                         entry.start(loader, self._open_tracker)
-                    self._train(part, progress)
-                    self._finish([entry for entry in part if entry.run is not None])
+                    self._train(part, progress, after_step)
+                    finish([entry for entry in part if entry.run is not None], loader, self._held_out)
 
-    def _train(self, entries: list[Entry], progress: Progress) -> None:
+    def _train(self, entries: list[Entry], progress: Progress, after_step: Callable[[], None]) -> None:
         """Run all steps of one pass; meanwhile the loader reads ahead."""
         loader = self._loader
         if new := [entry for entry in entries if entry.training.n_done == 0]:
@@ -189,6 +207,7 @@ class _Sweep:
                         _log.warning("%s%s", failure_of(entry.facts), "; the other runs go on" if others else "")
                 if all(entry.run is None for entry in entries):
                     return
+                after_step()
                 speed = (rows.step + 1 - first) * loader.data.batch_size / max(time.monotonic() - began, 1e-9)
                 progress.advance(len(current), note=_note(entries, speed) if rows.step % _NOTE_EVERY == 0 else "")
                 rows = following
@@ -210,35 +229,9 @@ class _Sweep:
                 return read()
 
         todo = [(entry, threads_of(entry.config, loader, self._n_threads)) for entry in entries]
+        if self._team.spread.size > 1:  # one after another, in the same order everywhere: they send each other messages
+            todo = [(entry, max(2, self._n_threads)) for entry in entries]
         return pool.run(step, todo, meanwhile=wait)
-
-    def _finish(self, entries: list[Entry]) -> None:
-        """Measure and write every run; all have a checkpoint first, so a full disk at one costs the others nothing."""
-        loader = self._loader
-        for entry in entries:
-            save_checkpoint(entry.folder, entry.training)
-        wanted = any(entry.config.calibrate and has_running_threshold(entry.training.sae) for entry in entries)
-        rows = calibration_rows(loader) if wanted else []
-        for entry in entries:
-            _finish_one(entry, loader, rows, self._held_out)
-
-
-def _finish_one(entry: Entry, loader: MixedBatchLoader, rows: list[Tensor], held_out: _HeldOut) -> None:
-    run = entry.training
-    norm_factor = loader.target_scale.norm_factor  # the codes' units: for an SAE, those of its input
-    entry.facts["training_l0"] = last_logged(entry.folder).get("l0")
-    entry.facts["calibration"] = (
-        calibrate(run.sae, entry.config.k, rows, norm_factor)
-        if entry.config.calibrate and has_running_threshold(run.sae)
-        else None
-    )
-    entry.facts |= measure_held_out(run, *held_out)
-    entry.facts["tokens_seen"] = loader.n_steps * loader.data.batch_size
-    finish_run(entry.folder, run.sae, entry.facts)
-    entry.facts["status"] = COMPLETE
-    entry.close_tracker()
-    entry.run = None
-    remove_checkpoints(entry.folder)
 
 
 @contextmanager
@@ -256,12 +249,14 @@ def _kept_at_ctrl_c(entries: list[Entry]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
+        if any(entry.spread.size > 1 for entry in entries) and not isinstance(interrupt, StoppedTogether):
+            raise  # the others are not at this step, and a state is only whole with theirs
         unfinished = [entry for entry in entries if entry.is_waiting]
         for entry in unfinished:
             entry.keep()
         if not unfinished:
             raise
-        step = min(checkpoint_step(entry.folder) for entry in unfinished)
+        step = led(entries[0].spread, lambda: min(checkpoint_step(entry.folder) for entry in unfinished))
         raise KeyboardInterrupt(f"add --resume to go on from step {step:,}") from interrupt
 
 
@@ -272,11 +267,13 @@ def _kept_at_damage(entries: list[Entry]) -> Iterator[None]:
         yield
     except CacheDamaged as error:
         for entry in entries:
-            entry.keep()
+            if entry.spread.size == 1:  # the others that train it may not have met the damage yet
+                entry.keep()
         raise Unfinished(f"{error}; then {GO_ON}") from None
     except JobEnded:  # another rank is gone
         for entry in entries:
-            entry.keep()
+            if entry.spread.size == 1:
+                entry.keep()
         raise
 
 

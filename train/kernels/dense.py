@@ -5,6 +5,7 @@ from torch import Tensor
 
 from train.engine import Job, Outcome
 from train.losses import inconsistency, nested_error
+from train.parallel.gradients import clip_gradients, combine_gradients
 from train.recipe import Forward, StepView
 from train.resampling import resample_dead
 from train.sae import SparseAutoencoder
@@ -31,7 +32,7 @@ def forward(sae: SparseAutoencoder, x: Tensor) -> Forward:
     with span(ENCODE):
         pre = sae.pre_activations(x)
     with span(SELECT):
-        active, smallest = sae.activation.train(pre, sae.threshold)
+        active, smallest = sae.activation.train(pre, sae.threshold, sae.spread)
         f = sae.codes(pre, active)
     gate = None if sae.r_mag is None else active
     with span(DECODE):
@@ -46,7 +47,10 @@ class Dense:
 
     def step(self, x: Tensor, target: Tensor, twin: Tensor | None, paired: Tensor | None) -> Outcome:
         """As Engine says."""
-        run = self._run
+        run, spread = self._run, self._run.spread
+        if spread.rows.size > 1:
+            own = spread.rows.share(len(x))
+            x, target, twin, paired = (rows if rows is None else rows[own] for rows in (x, target, twin, paired))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
             made = forward(run.sae, x)
             with span(DECODE):
@@ -65,16 +69,17 @@ class Dense:
         run.observe(view)
         resample_dead(run, view)
         return Outcome(
-            loss=loss.detach(),
+            loss=spread.rows.mean(loss.detach()),
             reconstruction=made.reconstructions[-1].detach().to(target.dtype),
-            n_active=(made.f.detach() > 0).sum(),
+            n_active=spread.rows.total(spread.latents.total((made.f.detach() > 0).sum())),
             smallest=None if made.smallest is None else made.smallest.to(target.dtype),
         )
 
     def _view(self, x: Tensor, target: Tensor, made: Forward) -> StepView:
         run, config = self._run, self._run.config
         with torch.no_grad():
-            dead = run.count_silence(made.f.amax(0) > 0, len(x))
+            fired = run.spread.rows.any(made.f.amax(0) > 0)
+            dead = run.count_silence(fired, len(x) * run.spread.rows.size)
         return StepView(
             sae=run.sae,
             x=x,
@@ -93,6 +98,7 @@ class Dense:
     def _update(self) -> None:
         run = self._run
         W_dec, fixed = run.sae.W_dec, run.recipe.decoder == "unit"
+        combine_gradients(run.sae)
         if fixed:
             gradient = W_dec.grad
             assert gradient is not None
@@ -100,7 +106,7 @@ class Dense:
             along = (gradient * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True)
             gradient.addcmul_(W_dec, along, value=-1.0)
         if run.recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(run.sae.parameters(), run.recipe.clip_norm)
+            clip_gradients(run.sae, run.recipe.clip_norm)
         run.optimizer.param_groups[0]["lr"] = run.lr
         run.optimizer.step()
         run.optimizer.zero_grad()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from train.parallel.exchange import largest_in_rows
 from train.recipe import StepView
 
 
@@ -16,11 +17,11 @@ def auxk(step: StepView) -> Tensor:
     if step.dead is None:
         return residual.new_zeros(())
     codes = torch.relu(step.sae.pre_activations(step.x, step.dead))  # [batch, n_dead]
-    n_used = step.aux_k or step.sae.d_out // 2
-    if len(step.dead) > n_used:
-        largest, latents = codes.topk(n_used, dim=-1, sorted=False)
+    n_used, spread = step.aux_k or step.sae.d_out // 2, step.sae.spread
+    if spread.latents.count(len(step.dead), codes) > n_used:
+        largest, latents = largest_in_rows(codes, n_used, spread.latents)
         codes = torch.zeros_like(codes).scatter(-1, latents, largest)
-    error = (residual - codes @ step.sae.W_dec[step.dead]).square().sum(-1).mean()
-    variance = (residual - residual.mean(0)).square().sum(-1).mean()
+    error = (residual - spread.latents.total(codes @ step.sae.W_dec[step.dead])).square().sum(-1).mean()
+    variance = spread.rows.mean((residual - spread.rows.mean(residual.mean(0))).square().sum(-1).mean())
     varies = variance > 0  # not in a batch of one row: a division by 0 would make the gradient NaN
     return torch.where(varies, torch.nan_to_num(error / torch.where(varies, variance, 1.0)), 0.0)

@@ -16,6 +16,7 @@ def l0(step: StepView) -> Tensor:
     if not isinstance(activation, JumpReLU):
         raise UserError("the penalty l0 needs the thresholds of jumprelu; use --penalty l1 with other architectures")
     count: Any = _Count.apply(step.forward.f, step.sae.threshold, activation.bandwidth)
+    count = step.sae.spread.rows.mean(step.sae.spread.latents.total(count))
     return step.sparsity_scale * (count / step.k - 1).square()
 
 

@@ -8,4 +8,4 @@ from train.recipe import StepView
 
 def l1(step: StepView) -> Tensor:
     """Of a gated SAE the gate's codes; times the decoder norms where those are free."""
-    return step.sparsity_scale * weighted_codes(step).sum(dim=-1).mean()
+    return step.sparsity_scale * step.sae.spread.latents.total(weighted_codes(step).sum(dim=-1).mean())

@@ -10,7 +10,8 @@ NEAR_ZERO = 1e-4  # rows have length 1 on average: such a code is a hundred-mill
 
 def lp(step: StepView) -> Tensor:
     """With p = 1 it is l1."""
-    return step.sparsity_scale * step.p_rescale * mean_power(weighted_codes(step), step.p)
+    total = step.sae.spread.latents.total(mean_power(weighted_codes(step), step.p))
+    return step.sparsity_scale * step.p_rescale * total
 
 
 def mean_power(codes: Tensor, p: float) -> Tensor:
