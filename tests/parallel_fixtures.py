@@ -1,58 +1,65 @@
-"""Several processes that do one thing together, started from one that has everything imported."""
+"""The ranks of a job, started from one process that has everything imported, as torchrun would start them."""
 
 import functools
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train.parallel.axis import ALONE, Axis, Spread
-
 _SECONDS = 120
+PARALLEL = ("data", "latents")
 
 
 @functools.cache
-def _server() -> multiprocessing.context.ForkServerContext:
+def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.tensor", "train.sweep", "train_fixtures"])
     return context
 
 
-def together(function: Callable[..., None], n: int, folder: Path, *arguments: Any) -> list[int]:
-    """Call `function(rank, n, *arguments)` in `n` processes of one group (gloo); gives their exit codes."""
-    meet = folder / f"meet-{function.__name__}-{n}"
+def ranks(function: Callable[..., None], n: int, parallel: str, folder: Path, *arguments: Any) -> list[int | None]:
+    """Call `function(team, *arguments)` on `n` ranks; gives their exit codes. What they print is in rank_<i>.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     processes = [
-        _server().Process(target=_member, args=(function, rank, n, str(meet), arguments), daemon=True)
+        _server().Process(target=_rank, args=(function, rank, n, parallel, port, folder, arguments), daemon=True)
         for rank in range(n)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(_SECONDS)
-    codes = [-1 if process.exitcode is None else process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
         process.join()
-    meet.unlink(missing_ok=True)
+        process.close()
     return codes
 
 
-def _member(function: Callable[..., None], rank: int, n: int, meet: str, arguments: tuple[Any, ...]) -> None:
-    import torch.distributed as dist
+def _rank(function: Any, rank: int, n: int, parallel: str, port: int, folder: Path, arguments: Any) -> None:
+    from cache_spec.command import run_command
+    from train.ranks import joined, read_rank
 
+    with (folder / f"rank_{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=n)
-    try:
-        function(rank, n, *arguments)
-    finally:
-        dist.destroy_process_group()
+    environ = {"RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(environ)
+
+    def work() -> None:
+        with joined(read_rank(environ), parallel=parallel, device="cpu") as team:
+            function(team, *arguments)
+
+    run_command(work)
 
 
-def spread_over(mode: str, rank: int, n: int) -> Spread:
-    """The processes of the group, as `--parallel data` or `latents` has them; "alone" for one that is alone."""
-    if mode == "alone":
-        return ALONE
-    axis = Axis(n, rank, torch.distributed.group.WORLD)
-    return Spread(rows=axis, all=axis) if mode == "data" else Spread(latents=axis, all=axis)
+def logs(folder: Path) -> str:
+    """What all ranks printed."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob("rank_*.log")))

@@ -54,7 +54,7 @@ def test_variables_that_cannot_be_are_refused(environ, words):
 
 
 def test_an_unknown_way_to_share_the_work_is_refused():
-    with pytest.raises(UserError, match="--parallel layers is unknown; it is one of sweep"):
+    with pytest.raises(UserError, match="--parallel layers is unknown; it is one of sweep, data, latents"):
         read_parallel("layers", rank(0, 2))
 
 

@@ -53,7 +53,7 @@ class TopK:
         return self.infer(pre, threshold, spread), None
 
     def infer(self, pre: Tensor, threshold: Tensor | None, spread: Spread = ALONE) -> Tensor:
-        largest, latents = largest_in_rows(pre, self.k, spread.latents)
+        largest, latents = largest_in_rows(pre, self.k, spread.latents, alike=True)
         return torch.zeros_like(pre).scatter(-1, latents, torch.relu(largest))
 
 

@@ -14,6 +14,7 @@ from train.config import DataConfig
 from train.grid import Lists, Settings, check_target, make_runs
 from train.loader import MixedBatchLoader
 from train.options import Options
+from train.parallel.limits import refuse_spread
 from train.passes import free_memory, parse_memory
 from train.ranks import Team, joined, read_parallel, read_rank
 from train.reading import before_training, read_device, read_hook, read_lists, with_preset
@@ -58,13 +59,14 @@ def _run(options: Options, given: Set[str], team: Team) -> None:
     runs = make_runs(lists, schedule, loader.scale, loader.data, settings)
     check_target(loader.data, runs, force=options.force)
     n_threads = torch.get_num_threads() if loader.device.type == "cpu" else 1
+    refuse_spread(runs, loader, team.spread)
     memory = memory or team.part_of(free_memory(loader.device))
     if team.is_first:
         if options.json:
-            print(json.dumps(plan_facts(loader, runs, n_threads, memory)))
+            print(json.dumps(plan_facts(loader, runs, n_threads, memory, team.spread)))
             return
         print_preset(options.preset, preset)
-        print_plan(loader, runs, n_threads, memory, options.kernel)
+        print_plan(loader, runs, n_threads, memory, options.kernel, team.spread)
     if options.dry_run:
         return
     keep_freed_memory()

@@ -8,6 +8,7 @@ from typing import Any
 
 from train.config import RunConfig
 from train.loader import MixedBatchLoader
+from train.parallel.axis import ALONE, Spread
 from train.passes import n_parameters, needed_bytes, passes_sentence, split
 from train.run_folder import FAILED
 from train.scale import recipe_label
@@ -28,7 +29,12 @@ def print_preset(name: str, settings: dict[str, Any]) -> None:
 
 
 def print_plan(
-    loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None, kernel: str
+    loader: MixedBatchLoader,
+    runs: Sequence[RunConfig],
+    n_threads: int,
+    free: int | None,
+    kernel: str,
+    spread: Spread = ALONE,
 ) -> None:
     """The rows, the schedule, the memory and the passes, and each run. Raises UserError if one does not fit."""
     data, scale = loader.data, loader.scale
@@ -49,10 +55,11 @@ def print_plan(
     moved = "" if scale.displacement is None else f"; a masked row moves by {scale.displacement:.1%} of that, in square"
     print(f"scale     rows are {scale.norm_factor:.4g} long (root mean square){moved}")
     _print_schedule(runs[0], loader.n_steps)
-    passes = split(runs, loader, n_threads, free, kernel)
-    print(
-        f"memory    {passes_sentence(passes, needed_bytes(runs, loader, n_threads, kernel), free)} (on {loader.device})"
-    )
+    passes = split(runs, loader, n_threads, free, kernel, spread)
+    needed = needed_bytes(runs, loader, n_threads, kernel, spread)
+    print(f"memory    {passes_sentence(passes, needed, free)} (on {loader.device})")
+    if spread.size > 1:
+        print(f"spread    each SAE's {spread}; the memory is that of one")
     print(f"runs      {len(runs)}")
     width = max(len(run.name) for run in runs)
     for run in runs:
@@ -61,10 +68,12 @@ def print_plan(
     sys.stdout.flush()  # before the progress, which goes another way
 
 
-def plan_facts(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None) -> dict[str, Any]:
+def plan_facts(
+    loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None, spread: Spread = ALONE
+) -> dict[str, Any]:
     """The same for programs: what `--dry-run --json` prints. docs/shell.md has the keys. Raises as print_plan does."""
     data = loader.data
-    passes = split(runs, loader, n_threads, free)
+    passes = split(runs, loader, n_threads, free, spread=spread)
     return {
         "cache": str(loader.cache.path),
         "hook": data.hook,
@@ -75,7 +84,7 @@ def plan_facts(loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: i
         "batch_size": data.batch_size,
         "steps": loader.n_steps,
         "epochs": loader.n_steps * data.batch_size / loader.n_rows,
-        "memory": {"needed": needed_bytes(runs, loader, n_threads), "free": free, "passes": len(passes)},
+        "memory": {"needed": needed_bytes(runs, loader, n_threads, spread=spread), "free": free, "passes": len(passes)},
         "device": str(loader.device),
         "runs": [
             {

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from train.engine import Job, Outcome
 from train.losses import inconsistency, nested_error
+from train.parallel.axis import Spread
 from train.parallel.gradients import clip_gradients, combine_gradients
 from train.recipe import Forward, StepView
 from train.resampling import resample_dead
@@ -39,6 +40,16 @@ def forward(sae: SparseAutoencoder, x: Tensor) -> Forward:
         return Forward(f=f, reconstructions=sae.decode_prefixes(f, x), smallest=smallest, gate=gate)
 
 
+def _of_the_batch(spread: Spread, loss: Tensor, n_active: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the active codes of this process's rows and latents -> those of the whole batch and SAE."""
+    if spread.size == 1:
+        return loss, n_active
+    both = torch.stack([loss.double() / spread.size, n_active.double()])  # where latents are spread, all have the loss
+    spread.rows.add_up(both)
+    spread.latents.add_up(both)
+    return both[0].to(loss.dtype), both[1].to(n_active.dtype)
+
+
 class Dense:
     """Steps by autograd. With bf16 the products run in it, under autocast; losses and weights stay in float32."""
 
@@ -68,10 +79,11 @@ class Dense:
             self._update()
         run.observe(view)
         resample_dead(run, view)
+        loss, n_active = _of_the_batch(spread, loss.detach(), (made.f.detach() > 0).sum())
         return Outcome(
-            loss=spread.rows.mean(loss.detach()),
+            loss=loss,
             reconstruction=made.reconstructions[-1].detach().to(target.dtype),
-            n_active=spread.rows.total(spread.latents.total((made.f.detach() > 0).sum())),
+            n_active=n_active,
             smallest=None if made.smallest is None else made.smallest.to(target.dtype),
         )
 

@@ -28,17 +28,17 @@ def nth_largest(values: Tensor, n: int, axis: Axis, kth: Callable[[Tensor, int],
     return kth(axis.gather(padded).flatten(), n)
 
 
-def largest_in_rows(values: Tensor, n: int, axis: Axis) -> tuple[Tensor, Tensor]:
+def largest_in_rows(values: Tensor, n: int, axis: Axis, *, alike: bool = False) -> tuple[Tensor, Tensor]:
     """Of each row the n largest, over the columns of all processes: (values, columns), both [rows, at most n].
 
     `values` [rows, columns] are this process's columns, and so is what comes back: a value that is not among the n
-    is 0, with no gradient. There are at least n columns in all.
+    is 0, with no gradient. There are at least n columns in all; with `alike`, as many on each process.
     """
     if axis.size == 1:
         return values.topk(n, dim=-1, sorted=False)
     own = min(n, values.shape[1])
     largest, columns = values.topk(own, dim=-1, sorted=False)
-    width = int(axis.largest(torch.tensor(own, device=values.device)))
+    width = own if alike else int(axis.largest(torch.tensor(own, device=values.device)))
     with torch.no_grad():
         padded = values.new_full((len(values), width), -torch.inf)
         padded[:, :own] = largest
