@@ -183,8 +183,9 @@ class Options:
     parallel: Annotated[
         str,
         _option(
-            help="(machine) With torchrun, what the processes share: sweep, each trains some of the runs. "
-            "Default: sweep; a process alone trains everything. docs/cluster.md has the commands."
+            help="(machine) With torchrun, what the processes share: sweep, each trains some of the runs; data, each "
+            "takes its rows of every batch; latents, each holds its part of the SAE. Default: sweep; a process alone "
+            "trains everything. docs/cluster.md has the commands."
         ),
     ] = ""
     kernel: Annotated[

@@ -45,8 +45,8 @@ def _of_the_batch(spread: Spread, loss: Tensor, n_active: Tensor) -> tuple[Tenso
     if spread.size == 1:
         return loss, n_active
     both = torch.stack([loss.double() / spread.size, n_active.double()])  # where latents are spread, all have the loss
-    spread.rows.add_up(both)
-    spread.latents.add_up(both)
+    spread.rows.add_up([both])
+    spread.latents.add_up([both])
     return both[0].to(loss.dtype), both[1].to(n_active.dtype)
 
 
@@ -59,9 +59,9 @@ class Dense:
     def step(self, x: Tensor, target: Tensor, twin: Tensor | None, paired: Tensor | None) -> Outcome:
         """As Engine says."""
         run, spread = self._run, self._run.spread
-        if spread.rows.size > 1:
-            own = spread.rows.share(len(x))
-            x, target, twin, paired = (rows if rows is None else rows[own] for rows in (x, target, twin, paired))
+        own = spread.rows.share(len(x))
+        x, target = x[own], target[own]
+        twin, paired = (None if rows is None else rows[own] for rows in (twin, paired))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
             made = forward(run.sae, x)
             with span(DECODE):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,7 +44,7 @@ def _tell(spread: Spread, message: dict[str, object]) -> None:
     spread.all.first(data)
 
 
-def _heard(spread: Spread) -> Told:
+def _heard(spread: Spread) -> Any:
     n_bytes = torch.zeros((), dtype=torch.int64)
     spread.all.first(n_bytes)
     data = torch.empty(int(n_bytes), dtype=torch.uint8)

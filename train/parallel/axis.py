@@ -34,11 +34,11 @@ class Axis:
             return part
         return _Total.apply(part / self.size, self.group, self.size)  # pyright: ignore[reportReturnType]
 
-    def add_up(self, *tensors: Tensor) -> None:
+    def add_up(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by the sum over the processes, in place: one message for all of them."""
         if self.size == 1:
             return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0].contiguous()
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat, group=self.group)
         for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(piece.view(tensor.shape))

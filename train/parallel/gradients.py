@@ -12,10 +12,10 @@ def combine_gradients(sae: SparseAutoencoder) -> None:
     """After a backward pass: average gradients over rows, and add up what each share of the latents has of b_dec's."""
     rows, latents = sae.spread.rows, sae.spread.latents
     if latents.size > 1:
-        latents.add_up(*(gradient_of(parameter) for parameter in _shared(sae)))
+        latents.add_up([gradient_of(parameter) for parameter in _shared(sae)])
     if rows.size > 1:
         gradients = [gradient_of(parameter) for parameter in sae.parameters()]
-        rows.add_up(*gradients)
+        rows.add_up(gradients)
         torch._foreach_div_(gradients, rows.size)
 
 
