@@ -81,7 +81,12 @@ def transcode(
     print(f"{out} is whole: {after} from {before}, {n_before / n_after:.2f} to 1; every checksum matched")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "python -m cache_spec push caches/tiny.zarr --repo user/name --dry-run",
+        "python -m cache_spec push caches/tiny.zarr --repo user/name --private",
+    )
+)
 def push(
     cache: CacheFolder,
     repo: Annotated[str, typer.Option(help="Where to: owner/name, a dataset of the Hugging Face hub.")],
@@ -105,7 +110,7 @@ def push(
     print(f"{repo} is whole on the hub: {n_sent} of {len(plan.shards)} shards were sent, the others were there")
 
 
-@app.command()
+@app.command(epilog=examples("python -m cache_spec pull user/name caches/tiny.zarr"))
 def pull(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset of the Hugging Face hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an unfinished pull is gone on with.")],

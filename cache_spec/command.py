@@ -6,6 +6,8 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cache_spec.errors import DiskFull, UserError
@@ -68,8 +70,8 @@ def app_for(arguments: list[str], main: Callable[[], Any], others: dict[str, str
     """
     if len(arguments) > 1 and arguments[1] in others:
         name = arguments.pop(1)
-        arguments[0] = f"{arguments[0]} {name}"
-        return importlib.import_module(others[name]).app
+        program = f"python -m {Path(arguments[0]).parent.name} {name}"  # in usage lines
+        return partial(importlib.import_module(others[name]).app, prog_name=program)
     return main
 
 

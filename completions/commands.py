@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import evaluate.names
+import evaluate.saebench.run_saebench
 import train.names
 from harvest.hub_name import PRESETS
 from harvest.locate import SHORT_NAMES
@@ -17,6 +18,7 @@ from train.readers import IO
 
 ROOMS = ("harvest", "train", "evaluate", "cache_spec")
 _KERNELS = ["auto", *train.names.available("kernels")]
+_LATENTS = ["all", "top", "dead", "random"]
 VALUES: dict[str, list[str]] = {  # a name that ends in = wants a number behind it
     "harvest --model": [*SHORT_NAMES],
     "harvest --dataset": [*PRESETS, "embedded"],
@@ -37,7 +39,11 @@ VALUES: dict[str, list[str]] = {  # a name that ends in = wants a number behind 
     "train --decoder": ["unit", "free"],
     "train --init-b-dec": ["zero", "median", "mean"],
     "train --masked-schedule": ["constant", "linear="],
+    "train export --to": train.names.available("formats"),
     "evaluate --metrics": evaluate.names.available(),
+    "evaluate features --latents": _LATENTS,
+    "evaluate neuronpedia --latents": _LATENTS,
+    "evaluate saebench --evals": [*evaluate.saebench.run_saebench.NAMES],
 }
 _DEVICES = ["cpu", "cuda", "mps"]
 

@@ -18,8 +18,8 @@ from cache_spec import UserError
 from evaluate.commands.saebench import app
 from evaluate.metrics import core, first_letter, probing
 from evaluate.saebench.names import SAEBENCH, nested
-from evaluate.saebench.prepare import DEFAULT_EVALS, EVALS, prepare
-from evaluate.saebench.run_saebench import CORE
+from evaluate.saebench.prepare import DEFAULT_EVALS, prepare
+from evaluate.saebench.run_saebench import CORE, NAMES
 from evaluate.saebench.run_saebench import EVALS as SCRIPTED
 from train import DataConfig, MixedBatchLoader, train_sweep
 from train.run_folder import load_run
@@ -74,7 +74,7 @@ def test_the_script_lists_its_evals_without_saebench_and_refuses_others(trained,
     prepare(trained / "batchtopk", tmp_path / "bench", model_name=PYTHIA)
     script = [sys.executable, "-I", str(tmp_path / "bench/run_saebench.py")]
     shown = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(name in shown for name in EVALS)
+    assert all(name in shown for name in NAMES)
     refused = subprocess.run([*script, "sparse"], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "there is no evaluation sparse" in refused.stderr

@@ -5,15 +5,25 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.command import examples
+from evaluate.saebench.run_saebench import NAMES
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "python -m evaluate saebench runs/topk_d16384_k40_seed0 --out saebench/topk",
+        "python -m evaluate saebench runs/topk_d16384_k40_seed0 --out saebench/other \\\n"
+        "    --model-name gpt2 --evals core,sparse_probing",
+    )
+)
 def saebench(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[Path, typer.Option(help="New folder for the SAE, the recipe and the results.")],
     evals: Annotated[
-        str, typer.Option(help="Comma separated: core, sparse_probing, absorption (these by default), scr, tpp, ...")
+        str,
+        typer.Option(help=f"Comma separated: {', '.join(NAMES)}. Default: core, sparse_probing and absorption."),
     ] = "",
     model_name: Annotated[
         str, typer.Option("--model-name", help="TransformerLens's name of the model, if it is not the one of the hub.")

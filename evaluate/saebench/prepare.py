@@ -15,11 +15,10 @@ from pathlib import Path
 from cache_spec.errors import UserError
 from cache_spec.files import readable_json
 from cache_spec.markdown import plain
-from evaluate.saebench.run_saebench import EVALS as _OTHERS
+from evaluate.saebench.run_saebench import NAMES
 from train.pushing import without_paths
 from train.run_folder import CFG, WEIGHTS, TrainedRun, load_run
 
-EVALS = ("core", *_OTHERS)
 DEFAULT_EVALS = ("core", "sparse_probing", "absorption")
 # what SAEBench knows a model's batch size and dtype by, and its name on the hub
 _KNOWN = {
@@ -62,8 +61,8 @@ def prepare(run_folder: Path, out: Path, *, evals: Sequence[str] = (), model_nam
     Raises UserError for what SAEBench cannot do at all: a transcoder, a model that is on no hub, an unknown eval.
     """
     chosen = tuple(evals) or DEFAULT_EVALS
-    if unknown := [name for name in chosen if name not in EVALS]:
-        raise UserError(f"there is no evaluation '{unknown[0]}'; there are {', '.join(EVALS)}")
+    if unknown := [name for name in chosen if name not in NAMES]:
+        raise UserError(f"there is no evaluation '{unknown[0]}'; there are {', '.join(NAMES)}")
     run = load_run(run_folder)
     if run.sae.is_transcoder:
         raise UserError(f"{run_folder} is a transcoder, and SAEBench compares an SAE with its own input; give an SAE")

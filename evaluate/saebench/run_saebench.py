@@ -42,6 +42,7 @@ EVALS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"clean_up_activations": True, "save_activations": False},
     ),
 }
+NAMES = ("core", *EVALS)
 CORE = {  # what SAEBench's published core results were made with
     "n_eval_reconstruction_batches": 200,
     "n_eval_sparsity_variance_batches": 2000,
@@ -105,15 +106,14 @@ def main() -> int:
     """Run what was asked for; exit code 1 if an evaluation left no results."""
     # SAEBench's sparse probing contradicts the shapes it declares, which jaxtyping notices with beartype 0.23
     os.environ.setdefault("JAXTYPING_DISABLE", "1")
-    names = ["core", *EVALS]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("evals", nargs="*", metavar="EVAL", help=f"of {', '.join(names)}; default: as prepared")
+    parser.add_argument("evals", nargs="*", metavar="EVAL", help=f"of {', '.join(NAMES)}; default: as prepared")
     parser.add_argument("--device", default="cuda", help="cuda, cpu or mps")
     parser.add_argument("--out", type=Path, default=HERE / "eval_results")
     parser.add_argument("--again", action="store_true", help="also what has results")
     asked = parser.parse_args()
-    if unknown := [name for name in asked.evals if name not in names]:
-        parser.error(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(names)}")
+    if unknown := [name for name in asked.evals if name not in NAMES]:
+        parser.error(f"there is no evaluation {', '.join(unknown)}; there are {', '.join(NAMES)}")
     for warning in settings()["warnings"]:
         print(f"note: {warning}", file=sys.stderr)
     without = []

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.command import examples
 from train.names import available
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -14,7 +15,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
     help="Write a run, or an SAE of any format that `import` reads, for another tool. What the tool loads computes the "
     "same on raw activations, or nothing is written: what it cannot say is refused, and sparsify, which has no "
     "thresholds, needs --approximate for all but topk. A run's folder is a SAELens SAE already; --to saelens copies it "
-    "without its log. docs/formats.md has how each tool loads it."
+    "without its log. docs/formats.md has how each tool loads it.",
+    epilog=examples(
+        "python -m train export runs/batchtopk_d512_k6_seed0 --to dictionary_learning \\\n    --out exported/ae",
+        "python -m train export runs/topk_d512_k6_seed0 --to sparsify --out exported/sp",
+        "python -m train export runs/batchtopk_d512_k6_seed0 --to sparsify --approximate \\\n    --out exported/close",
+    ),
 )
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run, or of an SAE that `import` reads.")],

@@ -5,10 +5,18 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.command import examples
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "python -m train push runs --repo user/name --dry-run",
+        "python -m train push runs --repo user/name --private",
+        "python -m train push runs/batchtopk_d512_k6_seed0 --repo user/name",
+    )
+)
 def push(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="What train wrote with --out, or one run in it.")],
     repo: Annotated[str, typer.Option(help="Where to: owner/name, a model of the Hugging Face hub.")],
