@@ -81,6 +81,8 @@ def row(card: str, start: str) -> list[str]:
 def test_the_repository_has_saelens_layout_and_the_very_weights(runs, store):
     report(runs / "topk", explained_variance=0.5)
     (runs / "report.json").write_text(json.dumps({"sentence": "No verdict.", "left_out": {}}))
+    for folder in (runs, runs / "topk"):  # `evaluate RUNS` and `evaluate RUN` leave a page
+        (folder / "report.html").write_text("<!doctype html>")
     push(runs)
     repo = store.repos[KEY]
     ids = ["masked_seed0", "masked_seed1", "topk"]
@@ -140,6 +142,19 @@ def test_the_card_is_one_that_the_hub_reads_and_saelens_is_its_library(runs):
     assert 'SAE.from_pretrained("owner/saes", "masked_seed0")' in card.text
     assert "blocks.1.hook" in card.text
     assert "masked 0.5" in card.text
+
+
+def test_the_card_says_how_much_was_masked_and_by_what(runs):
+    card = card_of(runs).replace("\\", "")
+    assert "| masked 0.5 | 50% of each batch | masked | 0.3 of the tokens by '...' | all | self |" in card
+    path = runs / "masked_seed0/run.json"
+    facts = json.loads(path.read_text())
+    facts["cache"]["variant"] |= {"kind": "random", "mask_string": ""}
+    path.write_text(json.dumps(facts))
+    assert "0.3 of the tokens by random tokens" in card_of(runs)
+    del facts["cache"]["variant"]  # as in the runs of before
+    path.write_text(json.dumps(facts))
+    assert "| masked | unknown | all | self |" in card_of(runs).replace("\\", "")
 
 
 def test_the_card_has_mean_and_interval_over_seeds(runs):

@@ -97,6 +97,7 @@ def _masking(runs: Sequence[PushedRun]) -> str:
             run.facts["recipe"],
             f"{run.facts['config']['masked_fraction']:.0%} of each batch",
             run.facts["data"]["masked_variant"],
+            _replaced(run.facts["cache"].get("variant")),
             run.facts["data"]["positions"],
             run.facts["data"]["target"],
         )
@@ -106,7 +107,15 @@ def _masking(runs: Sequence[PushedRun]) -> str:
         "Before the model ran, tokens of a second copy of the text were replaced. A share of each batch comes from the "
         "replaced copy, at the positions named; the target is the row itself or its twin in the unchanged text."
     )
-    return f"{told}\n\n{table(('recipe', 'share', 'variant', 'positions', 'target'), rows)}"
+    return f"{told}\n\n{table(('recipe', 'share', 'variant', 'replaced', 'positions', 'target'), rows)}"
+
+
+def _replaced(variant: dict[str, Any] | None) -> str:
+    """How much of the text was replaced, and by what; runs of before that was written down do not say."""
+    if variant is None:
+        return "unknown"
+    by = f"'{variant['mask_string']}'" if variant["mask_string"] else "random tokens"
+    return f"{variant['mask_prob']:.3g} of the {'words' if variant['kind'] == 'mask_word' else 'tokens'} by {by}"
 
 
 def _metrics(runs: Sequence[PushedRun]) -> list[str]:

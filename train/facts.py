@@ -61,8 +61,15 @@ def cache_facts(loader: MixedBatchLoader) -> dict[str, Any]:
         "model": plan.model.get("id", "unknown"),
         "dataset": plan.source.get("id", "unknown"),
         "window_tokens": plan.window_tokens,
+        "variant": _variant_facts(loader),
         "prepend_bos": bool((loader.cache.column("flags", loader.shards[0]) & FLAG_BOS).any()),
     }
+
+
+def _variant_facts(loader: MixedBatchLoader) -> dict[str, Any] | None:
+    """How the text of the masked rows was made; None if the cache has no such variant."""
+    named = [variant for variant in loader.cache.plan.variants if variant.name == loader.data.masked_variant]
+    return dataclasses.asdict(named[0]) if named else None
 
 
 def _target_facts(loader: MixedBatchLoader) -> dict[str, Any] | None:

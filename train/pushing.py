@@ -28,10 +28,10 @@ from cache_spec.untrusted import json_of, read_bounded
 from train.known import check_facts, check_report
 from train.run_folder import CFG, FACTS, LOG, STATE, WEIGHTS, holds_files, load_run
 
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"  # evaluate writes both for one run as for many
 MOST_REPORT = 2**30  # bytes of one; that over all runs has every number of each
-_OF_A_RUN = {CFG, WEIGHTS, FACTS, LOG, REPORT, STATE}
-_OF_RUNS = {REPORT, "report.html"}
+_OF_A_RUN = {CFG, WEIGHTS, FACTS, LOG, REPORT, PAGE, STATE}
+_OF_RUNS = {REPORT, PAGE}
 _ID = re.compile(r"[A-Za-z0-9][\w.=+,-]*")
 # a path from the root or the home of a machine, two names or more; `a/b` and `https://a/b` are none
 _PATH = re.compile(r"(?<![\w.:/@~-])(?:~|\.{1,2})?/(?:[\w.+=@-]+/)+([\w.+=@-]+)/?")
