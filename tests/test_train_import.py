@@ -244,6 +244,8 @@ def test_what_is_wrong_in_a_folder_of_sparsify_is_named(changes, words, tmp_path
 def test_a_folder_of_no_tool_of_several_or_above_one_says_so(tmp_path):
     with pytest.raises(UserError, match=r"it has no ae\.pt or .*; give the folder of one SAE"):
         read_folder(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere: there is no such folder; give the folder of one SAE"):
+        read_folder(tmp_path / "nowhere")
     folder = sparsify(tmp_path / "root" / "layers.4")
     with pytest.raises(UserError, match=r"name one of the folders in it: layers\.4"):
         read_folder(tmp_path / "root")
@@ -253,11 +255,11 @@ def test_a_folder_of_no_tool_of_several_or_above_one_says_so(tmp_path):
 
 
 def test_the_command_says_what_it_read_and_writes_a_saelens_folder(tmp_path):
-    folder, out = write(tmp_path / "sae", "MatryoshkaBatchTopKSAE"), tmp_path / "out"
+    folder, out = write(tmp_path / "an sae", "MatryoshkaBatchTopKSAE"), tmp_path / "out"
     said = CliRunner().invoke(app, [str(folder)])
     assert said.exit_code == 0
     assert "dictionary_learning, jumprelu, 6 -> 16 latents, reads blocks.8.hook_resid_post" in said.output
-    assert f"--sae {folder}" in said.output
+    assert f"--sae '{folder}'" in said.output
     done = CliRunner().invoke(app, [str(folder), "--out", str(out)])
     assert f"--sae {out}" in done.output
     assert sorted(path.name for path in out.iterdir()) == ["cfg.json", "sae_weights.safetensors"]

@@ -24,6 +24,8 @@ def format_of(folder: Path) -> ModuleType:
     if there:
         both = " and ".join(module.FILES[-1] for module in there)
         raise UserError(f"it has {both}, of several tools; give each a folder of its own")
+    if not folder.exists():
+        raise UserError("there is no such folder; give the folder of one SAE")
     inside = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     below = [name for name in inside if any((folder / name / module.FILES[-1]).is_file() for module in formats)]
     hint = f"name one of the folders in it: {', '.join(below[:5])}" if below else "give the folder of one SAE"

@@ -1,9 +1,12 @@
 """`python -m train import DIR [--out DIR]`: an SAE of another tool, checked and written as a SAELens folder."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cache_spec.command import examples
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -13,6 +16,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
     help="Read an SAE that SAELens, dictionary_learning or sparsify wrote, say what it is, and with --out write a "
     "SAELens folder with all of its scaling folded in: raw activations in, decoder rows of length 1 but for a top-k. "
     "`python -m evaluate --sae` takes either folder. No code in the folder is run.",
+    epilog=examples(
+        "python -m train import downloads/ae",
+        "python -m train import downloads/ae --out imported/ae",
+    ),
 )
 def import_(
     folder: Annotated[Path, typer.Argument(help="The folder of one SAE.")],
@@ -37,4 +44,4 @@ def import_(
     if out is not None:
         write_folder(out, {CFG: readable_json(cfg), WEIGHTS: save(stored.tensors)})
     if not stored.is_transcoder:
-        print(f"to measure it beside runs: python -m evaluate RUNS --sae {out or folder}")
+        print(f"to measure it beside runs: python -m evaluate RUNS --sae {shlex.quote(str(out or folder))}")
