@@ -305,6 +305,23 @@ def test_the_command_uploads_an_export_once_and_writes_the_key_nowhere(tmp_path,
     assert SECRET not in first.stdout + again.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--before", "1000", "--after", "40"], "--before 1000 and --after 40 are 1041 tokens with the one between"),
+        (["--set", "!!!"], "'!!!' leaves no letter or digit for a name on Neuronpedia"),
+        (["--model-id", "?"], "'?' leaves no letter or digit"),
+    ],
+)
+def test_what_neuronpedia_has_no_room_or_name_for_is_said_before_anything_is_read(
+    tmp_path, world, monkeypatch, words, said
+):
+    monkeypatch.setattr("evaluate.neuronpedia.command.gather", None)
+    done = CliRunner().invoke(app, [str(world[1]), "--out", str(tmp_path / "out"), *words])
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
+
+
 def test_a_tokenizer_that_cannot_be_had_is_said_since_text_is_wanted(tmp_path, world, monkeypatch):
     def unreachable(name: str, **_: object) -> Any:
         raise UserError(f"'{name}' cannot be had")

@@ -81,6 +81,13 @@ def test_a_limit_on_rows_takes_the_held_out_ones_first(world):
     assert (more.n_rows, more.n_held_out) == (n_held_out + 7, n_held_out)
 
 
+@pytest.mark.parametrize("most_rows", [10**6, 50])
+def test_the_progress_ends_at_the_rows_that_were_to_be_read(world, capsys, most_rows):
+    _, cache, sae, _ = world
+    n = collect(reading_of(cache, sae, most_rows=most_rows), n_top=2, seed=0).n_rows
+    assert f"features: {n}/{n} rows" in capsys.readouterr().err
+
+
 def test_the_sample_holds_every_firing_where_they_are_few_and_is_the_same_for_a_seed(world):
     _, cache, sae, everything = world
     samples = [collect(reading_of(cache, sae), n_top=1, seed=seed).sample for seed in (0, 0, 1)]

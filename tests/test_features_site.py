@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_a_folder_that_fails_half_way_leaves_what_was_there(tmp_path):
 
 def test_the_command_writes_a_site_and_says_how_large(tmp_path, world):
     _, run, *_ = world
-    arguments = [str(run), "--out", str(tmp_path / "site"), "--latents", "top:3", "--seed", "1"]
+    arguments = [str(run), "--out", str(tmp_path / "site"), "--latents", "top:3", "--seed", "1", "--tokens", "1k"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert "3 latents, 0 of them dead, from 216 clean rows of cache, resid_post.1: 44 held out" in done.stdout
@@ -209,6 +210,7 @@ def test_the_command_writes_a_site_and_says_how_large(tmp_path, world):
         (["--latents", "0-99"], "--latents 0-99 names latent 99, and the SAE has 0 to 15"),
         (["--latents", "most"], "--latents 'most' has 'most', which is no latent"),
         (["--examples", "0"], "--examples is 0; give a whole number of 1 or more"),
+        (["--tokens", "0"], "--tokens is '0'; give a whole number such as 500k"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
         (["--cache", "nowhere"], "nowhere"),
         (["--model", "tiny"], "--model tiny has a residual stream of 96 dimensions, and decoder rows have 6"),
@@ -246,6 +248,8 @@ def test_no_dead_latent_is_said_and_nothing_written(tmp_path, world):
 
 
 def test_the_first_word_chooses_the_command():
-    arguments = ["evaluate", "features", "RUN"]
-    assert app_for(arguments, main_app, OTHERS) is app
+    arguments = ["evaluate/__main__.py", "features", "RUN"]
+    chosen = app_for(arguments, main_app, OTHERS)
+    assert isinstance(chosen, partial)
+    assert chosen.func is app
     assert arguments[1:] == ["RUN"]

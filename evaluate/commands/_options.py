@@ -13,5 +13,5 @@ Cache = Annotated[Path | None, typer.Option(help="The cache, if it was moved; de
 Device = Annotated[str, typer.Option(help="Where the SAE runs: cpu, cuda, cuda:1, mps.")]
 Model = Annotated[str, typer.Option(help="The model, for the logit lens; default: none, and no lens.")]
 Examples = Annotated[int, typer.Option(help="Top examples of each latent, each from another window.")]
-Tokens = Annotated[int, typer.Option(help="Most rows to read: held-out ones first, then training rows.")]
+Tokens = Annotated[str, typer.Option(help="Most rows to read, such as 200k: held-out ones first, then training rows.")]
 Seed = Annotated[int, typer.Option(help="Draws the quantile examples and --latents random.")]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.command import examples as shown_examples
 from evaluate.commands._options import Cache, Device, Examples, Latents, Model, Run, Seed, Tokens
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -13,7 +14,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(
     help="Write a run's latents for Neuronpedia: the export folder that it imports, and in upload/ the bodies for its "
     "upload interface, 128 latents each. Nothing is sent without --upload, which needs your key in the environment "
-    "variable NEURONPEDIA_API_KEY, and a source set made by your account."
+    "variable NEURONPEDIA_API_KEY, and a source set made by your account.",
+    epilog=shown_examples(
+        "python -m evaluate neuronpedia runs/topk_d4096_k20_seed0 --out neuronpedia \\\n"
+        "    --model pythia-160m --set my-set --creator 'My name'",
+        "python -m evaluate neuronpedia runs/topk_d4096_k20_seed0 --out neuronpedia \\\n"
+        "    --model pythia-160m --set my-set --creator 'My name' --upload",
+    ),
 )
 def neuronpedia(
     run: Run,
@@ -23,7 +30,7 @@ def neuronpedia(
     device: Device = "cpu",
     model: Model = "",
     examples: Examples = 20,
-    tokens: Tokens = 1_000_000,
+    tokens: Tokens = "1M",
     before: Annotated[int, typer.Option(help="Tokens of context before the one that the latent fires on.")] = 80,
     after: Annotated[int, typer.Option(help="Tokens of context after it.")] = 40,
     seed: Seed = 0,
@@ -37,6 +44,7 @@ def neuronpedia(
     url: Annotated[str, typer.Option(help="Where to send them.")] = "https://www.neuronpedia.org",
 ) -> None:
     # This imports torch and transformers, which take seconds; --help and a mistyped option should not.
+    from cache_spec.counts import parse_count
     from evaluate.features.gather import Asked
     from evaluate.neuronpedia.command import run_neuronpedia
 
@@ -47,7 +55,7 @@ def neuronpedia(
         device=device,
         model=model,
         examples=examples,
-        tokens=tokens,
+        tokens=parse_count(tokens, "--tokens"),
         before=before,
         after=after,
         seed=seed,

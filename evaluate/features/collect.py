@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from cache_spec.errors import CacheError
+from cache_spec.moments import ordinary_rows
 from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
 from evaluate.features.reading import Reading, batches
@@ -56,8 +57,7 @@ def collect(reading: Reading, *, n_top: int, seed: int) -> Firings:
     A window counts once among the top examples, with its largest value; one that the end of a shard cuts counts twice.
     """
     totals = _Totals(reading.sae.d_sae, n_top)
-    n_total = min(sum(reading.cache.rows_in(shard) for shard in reading.shards), reading.most_rows)
-    with Progress("features", n_total, "rows") as progress:
+    with Progress("features", min(_n_ordinary(reading), reading.most_rows), "rows") as progress:
         for shard in reading.shards:
             generator = np.random.default_rng(derive_seed("evaluate/firings", seed, shard))
             for inside, window in batches(reading, shard):
@@ -79,6 +79,12 @@ def collect(reading: Reading, *, n_top: int, seed: int) -> Firings:
         top=totals.top,
         sample=totals.sample,
     )
+
+
+def _n_ordinary(reading: Reading) -> int:
+    """Rows that are no special tokens, in all shards of the reading."""
+    flags = (reading.cache.column("flags", shard) for shard in reading.shards)
+    return sum(int(ordinary_rows(column).sum()) for column in flags)
 
 
 def _take(

@@ -94,9 +94,8 @@ class Found:
 
 def gather(asked: Asked) -> Found:
     """Read the run, its cache and, if given, the model. Raises UserError for what a user can mend, before any pass."""
-    for name, value, least in (("--examples", asked.examples, 1), ("--tokens", asked.tokens, 1)):
-        if value < least:
-            raise UserError(f"{name} is {value}; give a whole number of {least} or more")
+    if asked.examples < 1:
+        raise UserError(f"--examples is {asked.examples}; give a whole number of 1 or more")
     if min(asked.before, asked.after) < 0:
         raise UserError(f"--before {asked.before} and --after {asked.after} count tokens; give 0 or more")
     device = read_device(asked.device)

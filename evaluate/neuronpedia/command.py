@@ -11,7 +11,7 @@ from cache_spec.hook_point import HookPoint
 from evaluate.features.folder import check_place, facts_of, whole_folder
 from evaluate.features.gather import Asked, Found, gather
 from evaluate.features.site import about
-from evaluate.neuronpedia.records import UPLOADS, Names, write_export
+from evaluate.neuronpedia.records import MOST_TOKENS, UPLOADS, Names, write_export
 from evaluate.neuronpedia.upload import read_key, upload
 from evaluate.runs import one_run
 
@@ -27,7 +27,14 @@ def run_neuronpedia(
     """
     key = read_key() if sends else ""  # before minutes of reading
     check_place(out, MADE_BY)
+    if asked.before + 1 + asked.after > MOST_TOKENS:
+        raise UserError(
+            f"--before {asked.before} and --after {asked.after} are {asked.before + 1 + asked.after} tokens with the "
+            f"one between, and Neuronpedia takes {MOST_TOKENS}; give less"
+        )
     run = one_run(asked.run)
+    for name in (source_set or run.name, *filter(None, [model_id])):
+        _slug(name)
     facts = {
         "made_by": MADE_BY,
         "run": run.name,

@@ -148,7 +148,7 @@ def _text(found: Found, place: int) -> tuple[list[str], list[float], int]:
     """(tokens, values, place of the example's own token among them) of one context, clean."""
     contexts = found.contexts
     there = np.flatnonzero(contexts.tokens[place] >= 0)
-    there = there[:MOST_TOKENS]
+    assert len(there) <= MOST_TOKENS
     tokens = [found.vocabulary[int(token)] for token in contexts.tokens[place][there]]
     return tokens, [_short(v) for v in contexts.values[place][there]], int(np.searchsorted(there, contexts.before))
 
