@@ -152,6 +152,9 @@ def test_the_card_says_how_much_was_masked_and_by_what(runs):
     facts["cache"]["variant"] |= {"kind": "random", "mask_string": ""}
     path.write_text(json.dumps(facts))
     assert "0.3 of the tokens by random tokens" in card_of(runs)
+    path.write_text(json.dumps(facts | {"cache": facts["cache"] | {"variant": {"kind": "mask"}}}))
+    with pytest.raises(UserError, match=r"cache\.variant\.mask_prob is None, which cannot be"):
+        card_of(runs)
     del facts["cache"]["variant"]  # as in the runs of before
     path.write_text(json.dumps(facts))
     assert "| masked | unknown | all | self |" in card_of(runs).replace("\\", "")

@@ -19,7 +19,13 @@ _WANTED: dict[str, tuple[type, ...]] = {
     "tokens_seen": (int,),
     "norm_factor": _NUMBER,
 }
-_TARGET = {f"cache.target.{name}": (str,) for name in ("tl_name", "hf_name")}
+_OF_SOME: dict[str, dict[str, tuple[type, ...]]] = {  # parts of the cache's facts that may be missing or null
+    "target": {f"cache.target.{name}": (str,) for name in ("tl_name", "hf_name")},
+    "variant": {
+        "cache.variant.mask_prob": _NUMBER,
+        **{f"cache.variant.{name}": (str,) for name in ("kind", "mask_string")},
+    },
+}
 AGAIN = "move its folder away and train the run again"
 
 
@@ -33,8 +39,11 @@ def check_parts(facts: Mapping[str, Any], where: object) -> None:
 def check_facts(facts: Mapping[str, Any], where: object) -> None:
     """Raises UserError unless all is there that the page of a pushed run tells, each of its kind."""
     check_parts(facts, where)
-    target = (facts.get("cache") or {}).get("target")
-    for path, kinds in (_WANTED | (_TARGET if target else {})).items():
+    wanted = dict(_WANTED)
+    for part, kinds_of_part in _OF_SOME.items():
+        if (facts.get("cache") or {}).get(part) is not None:
+            wanted |= kinds_of_part
+    for path, kinds in wanted.items():
         value: Any = facts
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
