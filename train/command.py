@@ -16,6 +16,7 @@ from train.loader import MixedBatchLoader
 from train.options import Options
 from train.parallel.limits import refuse_spread
 from train.passes import free_memory, parse_memory
+from train.preparing import shares_of
 from train.ranks import Team, joined, read_parallel, read_rank
 from train.reading import before_training, read_device, read_hook, read_lists, with_preset
 from train.report import keep_freed_memory, plan_facts, print_plan, print_preset, print_results
@@ -66,7 +67,8 @@ def _run(options: Options, given: Set[str], team: Team) -> None:
             print(json.dumps(plan_facts(loader, runs, n_threads, memory, team.spread)))
             return
         print_preset(options.preset, preset)
-        print_plan(loader, runs, n_threads, memory, options.kernel, team.spread)
+        shares = shares_of(runs, loader, options.kernel, team)
+        print_plan(loader, shares, n_threads, memory, options.kernel, team.spread)
     if options.dry_run:
         return
     keep_freed_memory()

@@ -4,19 +4,21 @@ import math
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache_spec.cache import ActivationCache
-from cache_spec.errors import CacheError, UserError
+from cache_spec.errors import UserError
 from cache_spec.layout import ACTIVATION, activation_file
 from cache_spec.plan import HookPlan
 from cache_spec.progress import Progress
 from cache_spec.seeds import derive_seed
 from train.columns import RowColumns
-from train.config import POSITIONS, TARGETS, DataConfig
+from train.config import DataConfig
+from train.data_checks import check_options, check_variant, target_hook_of
 from train.mixing import BOTH, CLEAN, Mixture, Need, Rows, masking_ranks, need_of
 from train.ranks import Team
 from train.read_ahead import read_ahead
@@ -70,12 +72,12 @@ class MixedBatchLoader:
         device: str = "cpu",
         team: Team | None = None,
     ) -> None:
-        _check_options(data)
+        check_options(data)
         self.cache, self.data, self.device = cache, data, torch.device(device)
         self.hook = cache.hook(data.hook)
-        self.target_hook = _target_hook(cache, data, self.hook)
+        self.target_hook = target_hook_of(cache, data, self.hook)
         self.d_out = self.target_hook.d_model
-        _check_variant(cache, data, with_masked)
+        check_variant(cache, data, with_masked)
         self.shards = cache.train_shards
         n_open = self._n_open()
         n_kept = 2 * n_open + 8  # a stretch may stand across two shards
@@ -129,7 +131,7 @@ class MixedBatchLoader:
             with self._shared_stream(self._sharing, range(first, last), mixtures, stages) as stream:
                 yield stream
             return
-        with read_ahead(make, range(first, last), n_slots=len(stages), n_threads=self.data.readers) as results:
+        with read_ahead(make, range(first, last), **self._ahead) as results:
             yield Stream(results)
 
     @contextmanager
@@ -147,7 +149,7 @@ class MixedBatchLoader:
 
         with sharing.ring(steps.start, steps.stop, mixtures, n_slots=len(stages), slot_bytes=self._slot_bytes) as ring:
             wanted = range(ring.wanted.first, ring.wanted.last) if ring.reads else steps
-            with read_ahead(make, wanted, n_slots=len(stages), n_threads=self.data.readers) as results:
+            with read_ahead(make, wanted, **self._ahead) as results:
                 try:
                     yield Stream(made for made in results if made is not None)
                     n_wanting = 0
@@ -190,6 +192,11 @@ class MixedBatchLoader:
         if self._sharing is not None:
             self._sharing.agree([vars(scale), vars(target_scale)])
         return scale, target_scale
+
+    @property
+    def _ahead(self) -> dict[str, Any]:
+        """How to read ahead."""
+        return {"n_slots": self.data.read_ahead, "n_threads": self.data.readers, "device": self.device}
 
     def _arrays(self, with_masked: bool) -> list[tuple[HookPlan, str]]:
         """Hook point and variant of everything that a step reads."""
@@ -302,42 +309,3 @@ class MixedBatchLoader:
             for hook, variant in arrays
             for shard in self.shards
         )
-
-
-def _target_hook(cache: ActivationCache, data: DataConfig, hook: HookPlan) -> HookPlan:
-    """The hook point to reconstruct: the input's own, or another that the cache has."""
-    if not data.target_hook:
-        return hook
-    target = cache.hook(data.target_hook)
-    if target.name == hook.name:
-        others = [each.name for each in cache.plan.hooks if each.name != hook.name]
-        raise UserError(
-            f"--target-hook {data.target_hook} is the input's own hook point; leave it out for a plain SAE"
-            + (f", or name one of {', '.join(others)}" if others else "")
-        )
-    return target
-
-
-def _check_variant(cache: ActivationCache, data: DataConfig, with_masked: bool) -> None:
-    """Refuses a masked variant that the cache lacks, if anything depends on it."""
-    if data.masked_variant == "clean":
-        raise UserError("--masked-variant clean is the unmasked one; name another, or ask for no masked rows")
-    if with_masked or data.positions != "all" or data.masked_variant != DataConfig.masked_variant:
-        try:
-            cache.variant(data.masked_variant)
-        except CacheError as error:
-            raise CacheError(
-                f"{error}; name another with --masked-variant, or harvest a cache with it (without one, "
-                "--masked-fraction is 0 and --positions all)"
-            ) from None
-
-
-def _check_options(data: DataConfig) -> None:
-    for option, value, known in (("positions", data.positions, POSITIONS), ("target", data.target, TARGETS)):
-        if value not in known:
-            raise UserError(f"--{option} {value} is unknown; it is one of {', '.join(known)}")
-    if data.batch_size < 1 or data.n_tokens < data.batch_size:
-        raise UserError(f"--tokens {data.n_tokens:,} is less than one batch of {data.batch_size:,}")
-    for option, value in (("read-ahead", data.read_ahead), ("readers", data.readers)):
-        if value < 1:
-            raise UserError(f"--{option} {value} is not positive")

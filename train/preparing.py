@@ -8,6 +8,7 @@ from typing import Any
 
 from cache_spec.errors import UserError
 from train.checkpoint import checkpoint_step, remove_checkpoints
+from train.choosing import kernel_of
 from train.config import RunConfig
 from train.engine import Kernel
 from train.entry import Entry
@@ -100,6 +101,17 @@ def spread(costs: Sequence[float], n_ranks: int) -> list[list[int]]:
         shares[rank].append(i)
         loads[rank] += costs[i]
     return [sorted(share) for share in shares]
+
+
+def shares_of(configs: Sequence[RunConfig], loader: MixedBatchLoader, kernel: str, team: Team) -> list[list[RunConfig]]:
+    """The runs of each rank when all of them are still to train, as share_of will have it, or those of all ranks.
+
+    `kernel` is what was asked for.
+    """
+    if team.rank.count == 1 or team.spread.size > 1:
+        return [list(configs)]
+    costs = [step_cost(config, loader, kernel_of(config, loader, kernel).name) for config in configs]
+    return [[configs[i] for i in share] for share in spread(costs, team.rank.count)]
 
 
 def share_of(entries: Sequence[Entry], loader: MixedBatchLoader, team: Team) -> list[Entry]:

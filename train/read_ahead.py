@@ -8,21 +8,23 @@ from typing import TypeVar
 
 import torch
 
+from train.workers import CPU, be_ready
+
 Made = TypeVar("Made")
 
 
 @contextmanager
 def read_ahead(
-    make: Callable[[int, int], Made], steps: range, *, n_slots: int, n_threads: int
+    make: Callable[[int, int], Made], steps: range, *, n_slots: int, n_threads: int, device: torch.device = CPU
 ) -> Iterator[Iterator[Made]]:
     """Iterate over make(step, slot) in the order of the steps, up to `n_slots` of them made in advance.
 
     A slot (0 to n_slots - 1) is one result's until the caller asks for the next one, so a slot may own a buffer. What
     `make` raises is raised where its result is due. At the end no thread is left, however many results were taken.
-    Each thread is one for torch too, whose own threads are for the training.
+    Each thread, which may use the device, is one for torch too, whose own threads are for the training.
     """
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(n_threads, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(n_threads, "read-ahead", initializer=be_ready, initargs=(1, device))
     left = iter(steps)
     waiting: deque[Future[Made]] = deque()
 

@@ -30,13 +30,17 @@ def print_preset(name: str, settings: dict[str, Any]) -> None:
 
 def print_plan(
     loader: MixedBatchLoader,
-    runs: Sequence[RunConfig],
+    shares: Sequence[Sequence[RunConfig]],
     n_threads: int,
     free: int | None,
     kernel: str,
     spread: Spread = ALONE,
 ) -> None:
-    """The rows, the schedule, the memory and the passes, and each run. Raises UserError if one does not fit."""
+    """The rows, the schedule, the memory and the passes, and each run. Raises UserError if one does not fit.
+
+    `shares` are the runs of each rank; the memory is that of the rank that needs most.
+    """
+    runs = [run for share in shares for run in share]
     data, scale = loader.data, loader.scale
     plan = loader.cache.plan
     epochs = loader.n_steps * data.batch_size / loader.n_rows
@@ -55,9 +59,13 @@ def print_plan(
     moved = "" if scale.displacement is None else f"; a masked row moves by {scale.displacement:.1%} of that, in square"
     print(f"scale     rows are {scale.norm_factor:.4g} long (root mean square){moved}")
     _print_schedule(runs[0], loader.n_steps)
-    passes = split(runs, loader, n_threads, free, kernel, spread)
-    needed = needed_bytes(runs, loader, n_threads, kernel, spread)
-    print(f"memory    {passes_sentence(passes, needed, free)} (on {loader.device})")
+    needs = [needed_bytes(share, loader, n_threads, kernel, spread) for share in shares]
+    largest = shares[needs.index(max(needs))]
+    passes = split(largest, loader, n_threads, free, kernel, spread)
+    print(f"memory    {passes_sentence(passes, max(needs), free)} (on {loader.device})")
+    if len(shares) > 1:
+        sizes = ", ".join(str(len(share)) for share in shares)
+        print(f"ranks     {len(shares)}, which train {sizes} SAEs; the memory is that of the fullest")
     if spread.size > 1:
         print(f"spread    each SAE's {spread}; the memory is that of one")
     print(f"runs      {len(runs)}")

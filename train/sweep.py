@@ -188,7 +188,7 @@ class _Sweep:
         began = time.monotonic()
         with (
             loader.stream(first, loader.n_steps, {entry.mixture for entry in entries}) as stream,
-            workers(self._n_threads if loader.device.type == "cpu" else 1) as pool,
+            workers(self._n_threads if loader.device.type == "cpu" else 1, loader.device) as pool,
             _stopped_at_ctrl_c(pool),
             profiling(self._profile, loader, stream, range(first, loader.n_steps), len(entries)) as begin_step,
         ):

@@ -9,6 +9,7 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+CPU = torch.device("cpu")
 
 
 class Workers:
@@ -45,9 +46,17 @@ class Workers:
         self._all.shutdown(cancel_futures=True)
 
 
+def be_ready(n_threads: int, device: torch.device) -> None:
+    """For a thread that computes: torch's own threads, and the GPU on which it launches what names none, as a kernel
+    does; a new thread would take the first."""
+    torch.set_num_threads(n_threads)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 @contextmanager
-def workers(n_threads: int) -> Iterator[Workers]:
-    """Workers on `n_threads` of a CPU.
+def workers(n_threads: int, device: torch.device = CPU) -> Iterator[Workers]:
+    """Workers on `n_threads` of a CPU, for SAEs on a device.
 
     The calling thread keeps one: torch's threads wait by spinning, and more of them than cores cost far more than
     they bring (measured: ten times the time of a step).
@@ -56,8 +65,8 @@ def workers(n_threads: int) -> Iterator[Workers]:
     torch.set_num_threads(1)
     try:
         with (
-            ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as one,
-            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(n_threads,)) as all_,
+            ThreadPoolExecutor(n_threads, initializer=be_ready, initargs=(1, device)) as one,
+            ThreadPoolExecutor(1, initializer=be_ready, initargs=(n_threads, device)) as all_,
         ):
             yield Workers(one, all_)
     finally:
