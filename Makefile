@@ -1,6 +1,6 @@
 # Every stage of granary as one command. All targets but `help` first make .venv (see setup).
 # Folders and targets share names, so every target is phony.
-.PHONY: help setup demo harvest train evaluate test check format test-compat bench
+.PHONY: help setup demo harvest train evaluate test check format test-compat bench fuzz
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -91,6 +91,12 @@ evaluate: setup  ## [RUNS= METRICS= PROBE_DATA= DEVICE=]: measure the runs, writ
 
 test: setup  ## all tests, offline, on two cores
 	$(PY) -m pytest -n 2 --dist loadfile
+
+SECONDS ?= 300
+
+fuzz: setup  ## [SECONDS=300]: files of strangers, changed at random, to everything that reads them; led by coverage
+	$(PY) -m pip install --quiet atheris || echo "atheris could not be installed (it has wheels for Linux)"
+	$(PY) tests/fuzz_guided.py --seconds $(SECONDS)
 
 check: setup  ## lint, format, types
 	$(PY) -m ruff check .

@@ -15,6 +15,7 @@ from cache_spec.pull import plan_pull, pull_cache
 from cache_spec.push import bytes_to_push, plan_push, push_cache
 from cache_spec.transcode import bytes_to_read
 from cache_spec.transcode import transcode as transcode_cache
+from cache_spec.untrusted import printable
 from cache_spec.verify import bytes_to_check, raise_if_not_whole, verdict, verify_cache
 
 app = typer.Typer(
@@ -60,7 +61,7 @@ def verify(cache: CacheFolder, as_json: Json = False) -> None:
     for problem in problems:
         print(f"{problem.kind}: {problem.file} {problem.what}")
     raise_if_not_whole(cache, problems)
-    print(f"{cache} is whole: {bytes_for_people(n_bytes)}, every checksum matches")
+    print(printable(f"{cache} is whole: {bytes_for_people(n_bytes)}, every checksum matches"))
 
 
 @app.command(

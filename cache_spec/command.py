@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import logging
 import signal
 import sys
@@ -41,6 +42,8 @@ def run_command(app: Callable[[], Any]) -> None:
     A KeyboardInterrupt may carry what to do to go on, which ends the sentence. Any other exception is a defect of
     ours and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what no terminal shows, and is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[lines])

@@ -123,7 +123,7 @@ def bounded(seconds: float = 20.0, n_bytes: int = 2**31) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
 def _too_long(*_: object) -> None:

@@ -55,6 +55,7 @@ def names() -> list[str]:
 
 def target(name: str, folder: Path) -> Target:
     """A target, with what it needs laid out in a folder the first time."""
+    folder.mkdir(exist_ok=True)
     if name in _CACHE:
         if not (folder / "cache").exists():
             make_cache(folder / "cache", make_plan())

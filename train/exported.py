@@ -28,6 +28,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
         raise UserError(f"{folder} is there already; name a new or empty folder with --out")
     if above := next((place for place in folder.absolute().parents if place.exists() and not place.is_dir()), None):
         raise UserError(f"{folder} lies under {above}, which is a file; name another folder with --out")
+    folder = folder.resolve()  # `.` and `a/..` are no names to give a folder
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}{PARTIAL}"
     partial.mkdir(parents=True)
     try:

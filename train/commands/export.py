@@ -36,6 +36,7 @@ def export(
 ) -> None:
     # This imports torch, which takes seconds; --help and a mistyped option should not.
     from cache_spec.errors import UserError
+    from cache_spec.untrusted import printable
     from train.exported import write_folder
     from train.foreign import read_folder
     from train.names import find
@@ -52,4 +53,4 @@ def export(
     write_folder(target, made.files)
     print(f"{target}: {', '.join(made.files)} ({made.kind}, {stored.sae.d_model} -> {stored.sae.d_sae} latents)")
     for note in (*made.notes, *stored.notes):
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))

@@ -29,6 +29,7 @@ def import_(
     from safetensors.torch import save
 
     from cache_spec.files import readable_json
+    from cache_spec.untrusted import printable
     from train.exported import write_folder
     from train.foreign import format_of, read_folder
     from train.run_folder import CFG, WEIGHTS
@@ -38,9 +39,9 @@ def import_(
     cfg = config_with(stored.sae, stored.metadata)
     what = f"{cfg['architecture']}, {stored.sae.d_model} -> {stored.sae.d_sae} latents"
     where = stored.metadata.get("hook_name") or "a hook point that it does not name"
-    print(f"{folder}: {format_of(folder).__name__.rpartition('.')[2]}, {what}, reads {where}")
+    print(printable(f"{folder}: {format_of(folder).__name__.rpartition('.')[2]}, {what}, reads {where}"))
     for note in stored.notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
     if out is not None:
         write_folder(out, {CFG: readable_json(cfg), WEIGHTS: save(stored.tensors)})
     if not stored.is_transcoder:
