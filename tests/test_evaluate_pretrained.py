@@ -111,8 +111,10 @@ def test_a_cfg_that_says_little_is_read_with_saelens_defaults():
         (cfg("jumprelu", k="many"), 'its k is "many", not a number from 0 to its d_sae, 16'),
         (cfg("topk", k=17), "its k is 17, not a number from 0 to its d_sae, 16"),
         (cfg("standard", d_in="six"), 'its d_in is "six", not a whole number above 0'),
+        (cfg("standard", apply_b_dec_to_input="false"), 'its apply_b_dec_to_input is "false", not true or false'),
         (cfg("standard", d_sae=None), "its d_sae is null, not a whole number above 0"),
-        ({"architecture": "standard"}, "do not fit together"),
+        ({"architecture": "standard"}, "its d_in is missing, not a whole number above 0"),
+        ({**cfg("topk"), "k": None}, "do not fit together"),
     ],
 )
 def test_what_cannot_be_computed_exactly_is_refused(facts, words, tmp_path):

@@ -62,9 +62,13 @@ def _check_cfg(cfg: dict[str, Any]) -> None:
     """Raises UserError for what is read of a cfg.json, if it is there, and is no such thing."""
     if not isinstance(_metadata(cfg), dict):
         raise UserError(f"its metadata is {json.dumps(cfg['metadata'])[:40]}, not a JSON object; {AGAIN}")
-    for name in ("d_in", "d_sae", "d_out"):
-        if name in cfg and (type(cfg[name]) is not int or cfg[name] < 1):
-            raise UserError(f"its {name} is {json.dumps(cfg[name])[:40]}, not a whole number above 0; {AGAIN}")
+    for name in ("d_in", "d_sae", *(["d_out"] if "d_out" in cfg else [])):
+        if type(cfg.get(name)) is not int or cfg[name] < 1:
+            shown = json.dumps(cfg[name])[:40] if name in cfg else "missing"
+            raise UserError(f"its {name} is {shown}, not a whole number above 0; {AGAIN}")
+    subtracts = cfg.get("apply_b_dec_to_input", True)
+    if type(subtracts) is not bool:  # any other text would pass for true
+        raise UserError(f"its apply_b_dec_to_input is {json.dumps(subtracts)[:40]}, not true or false; {AGAIN}")
     k, d_sae = cfg.get("k"), cfg.get("d_sae", math.inf)
     if k is not None and not (type(k) in (int, float) and 0 <= k <= d_sae and k < math.inf):
         raise UserError(f"its k is {json.dumps(k)[:40]}, not a number from 0 to its d_sae, {d_sae}; {AGAIN}")
