@@ -144,6 +144,13 @@ def test_the_script_makes_no_markup_of_text_and_parses():
     assert subprocess.run([node, "--check", str(script)], capture_output=True).returncode == 0
 
 
+def test_tokens_of_many_spaces_wrap_and_the_framed_token_is_in_one_piece():
+    """Without these two, spaces ran over the edge of a phone, and a frame was drawn around each half of a token."""
+    style = (Path(__file__).parent.parent / "evaluate" / "page" / "features.css").read_text()
+    assert re.search(r"^\.token \{[^}]*white-space: break-spaces;", style, re.MULTILINE)
+    assert re.search(r"^\.text \.token\.centre \{[^}]*display: inline-block; max-width: 100%;", style, re.MULTILINE)
+
+
 def test_sizes_are_bounded_by_what_is_shown_and_not_by_the_rows(world):
     folder, *_ = world
     site = folder / "site"
