@@ -110,7 +110,8 @@ def test_nothing_pushed_names_a_place_of_this_machine(runs, store):
     report(runs / "topk", explained_variance=0.5)
     push(runs)
     everything = b"".join(store.repos[KEY].files.values())
-    assert b"a-place-of-this-machine" not in everything
+    assert b"a-place-of-this-machine" not in everything  # where the cache is
+    assert str(runs.resolve()).encode() not in everything  # what the report names
     assert b"hf_owners" not in everything
     facts = json.loads(store.repos[KEY].files["topk/run.json"])
     assert facts["cache"]["path"] == "cache.zarr"
