@@ -39,14 +39,17 @@ _IF_NAMED = {  # the same, where the system names a file; without one it is a de
 def run_command(app: Callable[[], Any]) -> None:
     """Run a typer app. A UserError, a disk that says no, or Ctrl-C becomes one sentence on stderr and an exit code.
 
-    A KeyboardInterrupt may carry what to do to go on, which ends the sentence. Any other exception is a defect of
-    ours and keeps its traceback.
+    A scheduler's SIGTERM counts as Ctrl-C. A KeyboardInterrupt may carry what to do to go on, which ends the sentence.
+    Any other exception is a defect of ours and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what no terminal shows, and is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[lines])
+    # Interrupted while it is imported, torch would add the statistics of its caches to our one sentence.
+    logging.getLogger("torch").setLevel(logging.WARNING)
+    heed(signal.SIGTERM)
     try:
         app()
     except UserError as error:

@@ -6,6 +6,7 @@ tell a file in progress from one that a killed process left behind, on any host 
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from cache_spec.store_path import Place, StorePath
 from cache_spec.untrusted import MOST_BYTES, json_of, read_bounded
 
 PARTIAL = ".partial"  # the end of every temporary name
+_FOLDER_LOCK = "lock"  # in a temporary folder
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -211,26 +213,69 @@ def disk_full_as_error(path: Path, n_bytes: int, advice: str = "run the command 
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        free = shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
         raise DiskFull(
             f"the disk (or quota) is full: {path} needs {n_bytes:,} bytes and {free:,} are free; make room and {advice}"
         ) from error
 
 
+@contextmanager
+def partial_folder(final: Path) -> Iterator[Path]:
+    """A new folder under a temporary name beside `final`, to be renamed to it when all is in it; else it vanishes.
+
+    What killed writers left of folders of this name goes first.
+    """
+    remove_stale_partials_of(final)
+    fd, place = _locked_folder(final)
+    try:
+        (place / "folder").mkdir()
+        yield place / "folder"
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(fd)
+
+
+def _locked_folder(final: Path) -> tuple[int, Path]:
+    while True:
+        place = final.parent / f".{final.name}.{uuid.uuid4().hex}{PARTIAL}"
+        place.mkdir(parents=True)
+        try:
+            fd = os.open(place / _FOLDER_LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # taken for stale before it had its lock
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd, place
+        os.close(fd)
+
+
 def remove_stale_partials(root: Path) -> int:
     """Delete the temporary files that no living process is writing; returns how many."""
-    n_removed = 0
-    for path in root.rglob(f".*{PARTIAL}"):
-        try:
-            fd = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            continue  # its writer finished
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return sum(map(_remove_if_stale, sorted(root.rglob(f".*{PARTIAL}"))))
+
+
+def remove_stale_partials_of(path: Path) -> None:
+    """The same for the temporary files and folders of one name, where others may be beside them."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        _remove_if_stale(left)
+
+
+def _remove_if_stale(path: Path) -> bool:
+    """Whether the temporary file or folder was left by a killed process; then it is gone."""
+    lock = path / _FOLDER_LOCK if path.is_dir() else path
+    try:
+        fd = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:  # its writer finished, or was killed before it had a lock
+        shutil.rmtree(path, ignore_errors=True)
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock == path:
             path.unlink(missing_ok=True)
-            n_removed += 1
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(fd)
-    return n_removed
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache_spec.errors import UserError
-from cache_spec.files import readable_json, write_file
+from cache_spec.files import readable_json, remove_stale_partials_of, write_file
 from evaluate import wording
 from evaluate.cases import REPORT
 from evaluate.columns import Column
@@ -95,6 +95,8 @@ def write_reports(measured: Measured, metrics: Sequence[Metric], out: Path, *, w
     sentence = wording.sentence(comparison, columns)
     report = overall_report(sentence=sentence, measured=measured, comparison=comparison, columns=columns, folder=out)
     out.mkdir(parents=True, exist_ok=True)
+    for name in (REPORT, PAGE):
+        remove_stale_partials_of(out / name)
     if with_json:
         write_file(out / REPORT, readable_json(report))
     write_file(out / PAGE, render(measured, comparison, columns).encode())

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from cache_spec.files import canonical_json, readable_json, write_file
+from cache_spec.files import (
+    canonical_json,
+    check_seal,
+    readable_json,
+    remove_stale_partials_of,
+    seal,
+    write_file,
+)
 from cache_spec.untrusted import json_of
 
 ROOT = Path(__file__).parent.parent
@@ -55,24 +62,25 @@ def fingerprint(facts: Mapping[str, Any], *, device: str, metrics: Sequence[str]
 
 
 def read_kept(path: Path, wanted: str) -> dict[str, Any] | None:
-    """The report in a file if it has this fingerprint, else None: the case is measured, and the file replaced."""
+    """The report in a file if it has this fingerprint and was not changed, else None: the case is measured again."""
     try:
-        report = json_of(path.read_bytes())
+        report = check_seal(json_of(path.read_bytes()), path)
     except (OSError, ValueError):
         return None
-    return report if isinstance(report, dict) and report.get("fingerprint") == wanted else None
+    return report if report.get("fingerprint") == wanted else None
 
 
 def keep(path: Path, report: Mapping[str, Any]) -> str:
-    """Write a report in one step, unless the file is the same. Returns why it could not be written, or nothing.
+    """Write a report and its checksum in one step, unless the file is the same. Returns why it could not, or nothing.
 
     Raises DiskFull.
     """
-    data = readable_json(report)
+    data = readable_json(seal(dict(report)))
     try:
         if path.is_file() and path.read_bytes() == data:
             return ""
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_partials_of(path)
         write_file(path, data)
     except OSError as error:
         return str(error.strerror)

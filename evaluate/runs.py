@@ -9,7 +9,7 @@ from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError
 from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from evaluate.recipes import DROPOUT, NOISE, RANDOM_TOKEN, SMALL
 from train.known import check_parts
-from train.run_folder import COMPLETE, FACTS, FAILED, failure_of
+from train.run_folder import COMPLETE, FACTS, FAILED, failure_of, unsealed
 
 UNFINISHED = "not finished; run the same python -m train with --resume"
 TRANSCODER = "a transcoder, and the metrics compare an SAE with its own input"
@@ -192,7 +192,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"{FACTS} cannot be read ({error.strerror}); see to that, or move its folder away") from error
     if not isinstance(facts, dict):
         raise UserError(f"{FACTS} is not a JSON object; {AGAIN}")
-    return facts
+    return unsealed(facts, data, file)
 
 
 def _run(file: Path, facts: dict[str, Any]) -> Run:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from cache_spec.errors import UserError
-from cache_spec.files import write_file
+from cache_spec.files import remove_stale_partials_of, write_file
 
 
 class Store:
@@ -31,14 +33,33 @@ class Store:
         text = json.dumps(facts, sort_keys=True)
         path = self._folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
         if path.is_file():
-            try:
-                return load(path.read_bytes())
-            except SafetensorError as error:
-                raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from error
+            return _read(path)
         tensors = _on_cpu(make())
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, save(tensors, {"facts": text}))
+        remove_stale_partials_of(path)
+        write_file(path, save(tensors, {"facts": text, "crc32c": _sum(tensors)}))
         return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    data = path.read_bytes()
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    if header.get("__metadata__", {}).get("crc32c") != _sum(tensors):
+        raise UserError(f"{path} is damaged (it does not match its own checksum); delete it, and it is made again")
+    return tensors
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of their names and bytes."""
+    total = 0
+    for name in sorted(tensors):
+        total = google_crc32c.extend(total, name.encode())
+        total = google_crc32c.extend(total, tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return f"{total:08x}"
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

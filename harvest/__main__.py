@@ -5,7 +5,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python still imports ends it without a traceback
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -113,8 +112,6 @@ def _prepare() -> None:
     # Waiting threads sleep. By default they spin, and beside other work on the same cores that made a harvest five
     # times slower. OpenMP reads this once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Interrupted while it is imported, torch would add the statistics of its caches to our one sentence.
-    logging.getLogger("torch").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,9 @@ def test_weights_that_are_cut_nan_or_of_another_width_leave_their_runs_out(runs,
     wide = write_run(tmp_path / "wide", cache, small_sae(0, d_model=8))
     for name in ("cfg.json", "sae_weights.safetensors"):
         shutil.copy(wide / name, other / name)
+    for folder in (bad, other):  # the checksums of run.json would tell before
+        facts = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**facts, "files": {}}))
     words = {cut: "is damaged", bad: "its W_dec holds NaN or infinity", other: "it reads 8 dimensions"}
     leave_out(runs, {folder.name: text for folder, text in words.items()}, capsys)
 

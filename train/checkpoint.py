@@ -196,13 +196,19 @@ def _damaged(tensors: Path, n_bytes: int) -> str:
 
 
 def _cut_log(log: Path, n_done: int) -> None:
-    """Keep the lines up to a step; a line that a kill cut off is one of those after it."""
+    """Keep the lines up to a step, without those that are damaged; one that a kill cut off is the last."""
     if not log.exists():
         return
-    kept = []
+    kept, is_damaged = [], False
     for line in log.read_bytes().splitlines():
         facts = _logged(line)
-        if facts is None or facts["step"] > n_done:
+        if facts is None:
+            is_damaged = True
+            continue
+        if facts["step"] > n_done:
             break
+        if is_damaged:
+            _log.warning("%s has damaged lines, which are left out", log)
+            is_damaged = False
         kept.append(line + b"\n")
     write_whole(log, b"".join(kept))

@@ -1,12 +1,10 @@
 """What a format makes of an SAE, and the folder it is written to: whole or not there."""
 
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache_spec.errors import UserError
-from cache_spec.files import PARTIAL, disk_full_as_error, sync_folder, write_file
+from cache_spec.files import disk_full_as_error, partial_folder, remove_stale_partials_of, sync_folder, write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +22,14 @@ class Exported:
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Write a new folder in one step. Raises UserError if something is there."""
+    remove_stale_partials_of(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name a new or empty folder with --out")
     if above := next((place for place in folder.absolute().parents if place.exists() and not place.is_dir()), None):
         raise UserError(f"{folder} lies under {above}, which is a file; name another folder with --out")
     folder = folder.resolve()  # `.` and `a/..` are no names to give a folder
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}{PARTIAL}"
-    partial.mkdir(parents=True)
-    try:
-        with disk_full_as_error(partial, sum(map(len, files.values()))):
-            for name, data in files.items():
-                write_file(partial / name, data)
-            partial.replace(folder)
-            sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # not there if it became the folder
+    with disk_full_as_error(folder.parent, sum(map(len, files.values()))), partial_folder(folder) as partial:
+        for name, data in files.items():
+            write_file(partial / name, data)
+        partial.replace(folder)
+        sync_folder(folder.parent)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_spec.errors import CacheConflict, UserError
-from cache_spec.files import readable_json
+from cache_spec.files import crc32c, readable_json, seal
 from cache_spec.hub import (
     ATTRIBUTES,
     README,
@@ -26,7 +26,7 @@ from cache_spec.hub import (
 )
 from cache_spec.untrusted import json_of, read_bounded
 from train.known import check_facts, check_report
-from train.run_folder import CFG, FACTS, LOG, STATE, WEIGHTS, holds_files, load_run
+from train.run_folder import CFG, FACTS, LOG, STATE, WEIGHTS, holds_files, load_run, without_seal
 
 REPORT, PAGE = "report.json", "report.html"  # evaluate writes both for one run as for many
 MOST_REPORT = 2**30  # bytes of one; that over all runs has every number of each
@@ -50,8 +50,11 @@ class PushedRun:
     @property
     def files(self) -> dict[str, Path | bytes]:
         """Every file by its name in the repository."""
-        documents = {CFG: self.config, FACTS: self.facts, **({} if self.report is None else {REPORT: self.report})}
-        inside = {**{name: readable_json(facts) for name, facts in documents.items()}, WEIGHTS: self.weights}
+        config = readable_json(self.config)
+        changed = {CFG: {"bytes": len(config), "crc32c": f"{crc32c(config):08x}"}}
+        sums = {"files": self.facts["files"] | changed} if "files" in self.facts else {}
+        report = {} if self.report is None else {REPORT: readable_json(without_seal(self.report))}
+        inside = {CFG: config, FACTS: readable_json(seal({**self.facts, **sums})), WEIGHTS: self.weights, **report}
         return {f"{self.sae_id}/{name}": data for name, data in inside.items()}
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 from safetensors.torch import save
 
 from cache_spec.errors import CacheDamaged, UserError
-from cache_spec.files import PARTIAL, Partial, disk_full_as_error, readable_json, sync_folder
+from cache_spec.files import PARTIAL, Partial, disk_full_as_error, readable_json, seal, sync_folder
 from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from train.known import check_parts
 from train.sae import SparseAutoencoder
@@ -24,6 +25,8 @@ from train.saelens import assemble, fold, saelens_config
 from train.stored import read_object, read_safetensors
 
 CFG, WEIGHTS, FACTS, LOG, STATE = "cfg.json", "sae_weights.safetensors", "run.json", "log.jsonl", "state"
+_BLOCK = 2**24  # bytes read at a time
+SEAL = "crc32c"  # in FACTS, last
 LOCK = "lock"  # in STATE, so it goes when the run is complete
 TRAINING, COMPLETE, FAILED = "training", "complete", "failed"
 GO_ON = "run the same command with --resume"
@@ -48,12 +51,48 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Write run.json in one step."""
-    write_whole(folder / FACTS, readable_json(facts))
+    """Write run.json in one step, with a checksum of what it says."""
+    write_whole(folder / FACTS, readable_json(seal(without_seal(facts))))
+
+
+def without_seal(facts: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says, without its checksum."""
+    return {name: fact for name, fact in facts.items() if name != SEAL}
+
+
+def unsealed(facts: dict[str, Any], text: bytes, path: Path) -> dict[str, Any]:
+    """What a run.json says, whose text this is. Raises UserError if a bit of it changed.
+
+    An old one without a checksum is taken as it is, and so is one that a program has spelled in another way.
+    """
+    sealed = seal(without_seal(facts)) if SEAL in facts and text == _spelled(facts) else facts
+    if sealed != facts:
+        raise UserError(
+            f"{path} does not match its own checksum, so it was changed after it was written; put it back as it was, "
+            f"or delete its line {SEAL} if the change is yours"
+        )
+    return without_seal(facts)
+
+
+def _spelled(facts: dict[str, Any]) -> bytes:
+    """As we write it; nothing if it holds NaN, which we do not write."""
+    try:
+        return readable_json(facts)
+    except ValueError:
+        return b""
+
+
+def sum_of(path: Path) -> dict[str, Any]:
+    """What run.json says of another file of the run."""
+    total, n_bytes = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            total, n_bytes = google_crc32c.extend(total, block), n_bytes + len(block)
+    return {"bytes": n_bytes, "crc32c": f"{total:08x}"}
 
 
 def finish_run(folder: Path, sae: SparseAutoencoder, facts: dict[str, Any]) -> None:
-    """Write the SAE, and then run.json with the status "complete".
+    """Write the SAE, and then run.json with the status "complete" and the checksums of the other files.
 
     All processes that train it call this, and one of them writes.
     """
@@ -67,7 +106,9 @@ def finish_run(folder: Path, sae: SparseAutoencoder, facts: dict[str, Any]) -> N
     if not sae.spread.leads:
         return
     write_whole(folder / CFG, readable_json(saelens_config(sae, facts)))
-    write_facts(folder, {**facts, "status": COMPLETE})
+    write_facts(
+        folder, {**facts, "status": COMPLETE, "files": {name: sum_of(folder / name) for name in (WEIGHTS, CFG)}}
+    )
 
 
 @contextmanager
@@ -121,7 +162,7 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     if not isinstance(facts.get("status"), str):
         raise UserError(f"{folder / FACTS} has no status; move {folder} away and train it again")
     check_parts(facts, folder / FACTS)
-    return facts
+    return unsealed(facts, data, folder / FACTS)
 
 
 def failure_of(facts: dict[str, Any]) -> str:
@@ -147,9 +188,18 @@ def load_run(path: str | Path, device: str = "cpu") -> TrainedRun:
         raise UserError(f"{folder} is not finished; run the same `python -m train` command with --resume")
     try:
         sae = assemble(read_object(folder / CFG), read_safetensors(folder / WEIGHTS))
-    except (UserError, KeyError, RuntimeError) as error:
+        _check_files(folder, facts)
+    except (UserError, OSError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged ({error}); move it away and train the run again") from None
     return TrainedRun(path=folder, sae=sae.to(device).eval().requires_grad_(False), facts=facts)
+
+
+def _check_files(folder: Path, facts: dict[str, Any]) -> None:
+    """Raises UserError if a file is not what run.json says; one from before it said anything of them says nothing."""
+    said = facts.get("files")
+    for name, wanted in said.items() if isinstance(said, dict) else ():
+        if name in (CFG, WEIGHTS) and sum_of(folder / name) != wanted:
+            raise UserError(f"{name} does not match its checksum in {FACTS}")
 
 
 def check_out(out: Path) -> None:

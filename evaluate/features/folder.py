@@ -1,14 +1,12 @@
 """A folder of many files that is whole or not there: made beside its place, and renamed when all is written."""
 
-import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from cache_spec.errors import UserError
-from cache_spec.files import PARTIAL, disk_full_as_error, readable_json
+from cache_spec.files import disk_full_as_error, partial_folder, readable_json, write_file
 from cache_spec.untrusted import json_of, read_bounded
 
 MARK = "granary.json"  # in the folder: what made it, and from what
@@ -39,19 +37,13 @@ def whole_folder(out: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """
     check_place(out, facts["made_by"])
     place = out.absolute()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = place.parent / f".{place.name}.{uuid.uuid4().hex}{PARTIAL}"
-    old = new.with_name(f"{new.name}.old")
-    new.mkdir()
-    try:
-        with disk_full_as_error(new, 0):
-            yield new
-            (new / MARK).write_bytes(readable_json(facts))
-        if place.exists():
-            place.rename(old)
-        new.rename(place)
-    finally:
-        if old.exists() and not place.exists():  # between the two renames
-            old.rename(place)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    with disk_full_as_error(place.parent, 0), partial_folder(place) as new:
+        yield new
+        write_file(new / MARK, readable_json(facts))
+        with ExitStack() as undo:
+            if place.exists():
+                old = new.with_name("old")  # goes with the temporary folder
+                place.rename(old)
+                undo.callback(old.rename, place)  # between the two renames
+            new.rename(place)
+            undo.pop_all()
