@@ -54,6 +54,7 @@ def create_folder(root: Path, plan: Plan, granary: dict[str, Any]) -> None:
     level = archive_level(granary)
     if (root / PLAN).exists():
         refuse_other_plan(root, plan)
+        _make_lost_documents(root, plan, granary)
         _refuse_other_profile(root, level)
         remove_stale_partials(root)
         return
@@ -71,6 +72,15 @@ def create_folder(root: Path, plan: Plan, granary: dict[str, Any]) -> None:
     if not write_new_file(root / PLAN, readable_json(plan.to_json())):
         refuse_other_plan(root, plan)
     remove_stale_partials(root)
+
+
+def _make_lost_documents(root: Path, plan: Plan, granary: dict[str, Any]) -> None:
+    """A document that somebody deleted, for it was damaged, follows from the plan."""
+    if not (root / ROOT).exists():
+        write_new_file(root / ROOT, readable_json(root_document(granary, None)))
+    for name, document in zarr_documents(plan, archive_level(granary)).items():
+        if not (root / name / ROOT).exists():
+            write_file(root / name / ROOT, readable_json(document))
 
 
 def finalize_cache(path: str | Place, *, partial: bool = False) -> None:

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -55,7 +56,21 @@ def read_plan(root: Place) -> Plan:
         _refuse_large(root)
     else:
         refuse_links(root, NO_LINKS)
-    return Plan.from_json(read_json(root / PLAN), where=str(root / PLAN))
+    with _remedy("put a copy of it back, for nothing else says what it said, or harvest into another folder"):
+        return Plan.from_json(read_json(root / PLAN), where=str(root / PLAN))
+
+
+@contextmanager
+def _remedy(what_to_do: str) -> Iterator[None]:
+    """Ends the sentence of a CacheDamaged with what to do."""
+    try:
+        yield
+    except CacheDamaged as error:
+        raise CacheDamaged(f"{error}; {what_to_do}") from None
+
+
+def _made_again(path: Place | str) -> str:
+    return f"delete {path} and run the same harvest, which makes it again"
 
 
 def _refuse_large(root: StorePath) -> None:
@@ -79,7 +94,8 @@ def is_ours(root: Place) -> bool:
 
 def read_root(root: Place) -> dict[str, Any]:
     """The cache's attributes: spec_version, cache_id, status, plan, versions; of an archive also profile and level."""
-    return check_root(read_json(root / ROOT), root / ROOT)
+    with _remedy(_made_again(root / ROOT)):
+        return check_root(read_json(root / ROOT), root / ROOT)
 
 
 def check_root(document: Any, path: Place | str) -> dict[str, Any]:
@@ -136,7 +152,8 @@ def stored_bytes(plan: Plan, shard: int, record: dict[str, Any]) -> dict[str, in
 
 def parse_record(root: Place, plan: Plan, shard: int) -> dict[str, Any]:
     """The commit record of a shard that has one, without a look at the files it names."""
-    return check_record(read_json(root / record_file(shard)), plan, shard, root / record_file(shard))
+    with _remedy(_repair(root / record_file(shard))):
+        return check_record(read_json(root / record_file(shard)), plan, shard, root / record_file(shard))
 
 
 def check_record(raw: Any, plan: Plan, shard: int, path: Place | str) -> dict[str, Any]:
@@ -145,7 +162,7 @@ def check_record(raw: Any, plan: Plan, shard: int, path: Place | str) -> dict[st
         check_version(raw["spec_version"], str(path))
     record = check_seal(raw, path)
     if fault := _record_fault(record, plan, shard):
-        raise CacheDamaged(f"{path} {fault}; {_repair(path)}")
+        raise CacheDamaged(f"{path} {fault}")
     return record
 
 
@@ -239,13 +256,15 @@ def check_documents(
     """
     level = archive_level(granary)
     for name, document in zarr_documents(plan, level).items():
-        if read(f"{name}/{ROOT}") != document:
-            raise CacheDamaged(f"{place}/{name}/{ROOT} does not describe what the plan says; it was changed")
+        with _remedy(_made_again(f"{place}/{name}/{ROOT}")):
+            if read(f"{name}/{ROOT}") != document:
+                raise CacheDamaged(f"{place}/{name}/{ROOT} does not describe what the plan says; it was changed")
     for shard, record in records.items():
         if (ARCHIVE in record) != bool(level):
             raise CacheDamaged(f"{place}/{record_file(shard)} is of another profile than {place}/{ROOT}")
     if granary["status"] != HARVESTING:
-        check_seal(read(MANIFEST), f"{place}/{MANIFEST}")
+        with _remedy(_made_again(f"{place}/{MANIFEST}")):
+            check_seal(read(MANIFEST), f"{place}/{MANIFEST}")
 
 
 def check_planner_files(root: Path, plan: Plan) -> None:
@@ -255,4 +274,7 @@ def check_planner_files(root: Path, plan: Plan) -> None:
             np.load(root / file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, TypeError, EOFError, ArithmeticError, SyntaxError, TokenError) as error:
             # numpy parses the header as Python, and what it says may be no shape and no type
-            raise CacheDamaged(f"{root / file} is missing, cut short or changed ({error}); harvest it again") from None
+            raise CacheDamaged(
+                f"{root / file} is missing, cut short or changed ({error}); put a copy of it back, or harvest into "
+                "another folder"
+            ) from None

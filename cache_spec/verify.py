@@ -275,10 +275,22 @@ def raise_if_not_whole(path: str | Place, problems: list[Problem]) -> None:
     damaged = [problem.file for problem in problems if problem.kind == DAMAGED]
     if damaged:
         shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
-        mend = f"to make a shard again delete its record in {RECORDS}/ and run the harvest"
-        if _level(place_of(path)):
-            mend = "an archive is not mended; transcode its cache again, or unpack what is whole"
-        raise CacheDamaged(f"{path} is damaged in {shown}; {mend}")
+        archive = "an archive is not mended; transcode its cache again, or unpack what is whole"
+        raise CacheDamaged(f"{path} is damaged in {shown}; {archive if _level(place_of(path)) else _remedy(damaged)}")
     for problem in problems:
         if problem.kind == UNFINISHED:
             raise CacheIncomplete(f"{path} is not finished ({problem.file} {problem.what}); run the same harvest again")
+
+
+def _remedy(damaged: list[str]) -> str:
+    """What to do about files of a cache that are not as they were written."""
+    alone = [file for file in damaged if file == PLAN or file.endswith(".npy")]
+    documents = [file for file in damaged if file == MANIFEST or (file.endswith(ROOT) and file not in alone)]
+    remedies = []
+    if len(alone) + len(documents) < len(damaged):
+        remedies.append(f"to make a shard again delete its record in {RECORDS}/ and run the same harvest")
+    if documents:
+        remedies.append(f"delete {documents[0]} and run the same harvest, which makes it again")
+    if alone:
+        remedies.append(f"put a copy of {alone[0]} back, or harvest into another folder")
+    return "; ".join(remedies)

@@ -16,7 +16,7 @@ from cache_spec.commit import write_shard
 from cache_spec.create import create_cache, finalize_cache
 from cache_spec.errors import CacheConflict, UserError
 from cache_spec.files import exclusive
-from cache_spec.layout import CLAIMS, INTERNAL, LOCK, PLAN, archive_level, record_file
+from cache_spec.layout import CLAIMS, INTERNAL, LOCK, PLAN, ROOT, archive_level, record_file
 from cache_spec.plan import Plan
 from cache_spec.progress import Progress
 from cache_spec.state import committed_shards, is_ours, read_plan, read_root, recorded_shards
@@ -110,7 +110,7 @@ def _planned_before(loaded: LoadedModel, request: Request, out: Path) -> Plan | 
         check_dataset(request.dataset)
         return None
     plan = read_plan(out)
-    if archive_level(read_root(out)):
+    if (out / ROOT).exists() and archive_level(read_root(out)):  # one that was deleted is made again
         raise CacheConflict(
             f"{out} is a compressed archive; `python -m cache_spec transcode {out} NEW_FOLDER` makes a cache of it "
             "that a harvest can go on with, or choose another --out"

@@ -123,8 +123,7 @@ def run_together(
             fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             children.append((start(commands, arm, note, fd), note, said))
             os.close(fd)
-        for child, *_ in children:
-            meanwhile(child)
+        meanwhile(children[0][0])
         return [_ended(*child) for child in children]
 
 
@@ -143,8 +142,8 @@ def warm_up(modules: Sequence[str]) -> None:
             importlib.import_module(name)
 
 
-def after(seconds: float, number: int) -> Callable[[int], None]:
-    """Send a signal to the child after a while, unless it has ended."""
+def after(seconds: float, number: int, work: Callable[[], object] = lambda: None) -> Callable[[int], None]:
+    """Do some work and send a signal (0: none) to the child after a while, unless it has ended."""
 
     def send(child: int) -> None:
         until = time.monotonic() + seconds
@@ -152,6 +151,7 @@ def after(seconds: float, number: int) -> Callable[[int], None]:
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return
             time.sleep(min(0.002, max(0.0, until - time.monotonic())))
+        work()
         os.kill(child, number)
 
     return send

@@ -5,7 +5,10 @@ python tests/faults/program.py FOLDER STAGE moment=20 call=20 ...; under `unshar
 
 import errno
 import json
+import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +22,7 @@ from child import FULL, after, failing_at, jumping_clock, killed_at
 from promises import Trials, killed, names_of, prepare, refused, stopped, unharmed, until
 from stages import Stage, Wrong, make_stage
 
+DISK_BYTES = 100_000_000
 FAULTS: dict[str, Callable[[Trials, float, int], None]] = {}
 
 
@@ -76,12 +80,71 @@ def _clock(trials: Trials, seconds: float, n_calls: int) -> None:
     trials.strike(jumping_clock(trials.rng.randrange(10**6)), unharmed)
 
 
+@fault("two at once")
+def _together(trials: Trials, seconds: float, n_calls: int) -> None:
+    trials.strike_together(trials.rng.uniform(0, seconds))
+
+
+@fault("a disk that fills up")
+def _full_disk(trials: Trials, seconds: float, n_calls: int) -> None:
+    trials.out()
+    disk = trials.folder
+    n_bytes = sum(path.stat().st_size for path in trials.stage.whole.rglob("*") if path.is_file())
+    resize(disk, used(disk) + int(n_bytes * trials.rng.uniform(0, 1)))
+    trials.strike(lambda counter: counter.note("struck"), refused, undo=lambda: resize(disk, DISK_BYTES))
+    trials.mend()
+
+
+@fault("/dev/shm full")
+def _shared_memory(trials: Trials, seconds: float, n_calls: int) -> None:
+    trials.strike(lambda counter: counter.note("struck"), unharmed)
+
+
+@fault("the cache is deleted meanwhile")
+def _deleted(trials: Trials, seconds: float, n_calls: int) -> None:
+    cache, kept = trials.stage.inputs / "cache", trials.stage.inputs / "kept"
+    if not kept.exists():
+        shutil.copytree(cache, kept)
+
+    def undo() -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+        shutil.copytree(kept, cache)
+
+    delete = after(trials.rng.uniform(0, seconds), 0, lambda: shutil.rmtree(cache))
+    trials.strike(lambda counter: counter.note("struck"), refused, delete, undo)
+    trials.mend()
+
+
+def mount_for(fault: str, folder: Path) -> Path:
+    """Where the trials of a fault are: on a small disk of their own, if they fill it."""
+    if fault == "/dev/shm full":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", "/dev/shm"], check=True)
+        Path("/dev/shm/full").write_bytes(bytes(4096))
+    if fault != "a disk that fills up":
+        return folder
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)], check=True)
+    return disk
+
+
+def resize(disk: Path, n_bytes: int) -> None:
+    """Make the disk larger or smaller, but never smaller than what is on it."""
+    subprocess.run(["mount", "-o", f"remount,size={n_bytes}", str(disk)], check=True)
+
+
+def used(disk: Path) -> int:
+    """Bytes that are taken."""
+    whole = os.statvfs(disk)
+    return (whole.f_blocks - whole.f_bfree) * whole.f_frsize
+
+
 def main(folder: Path, name: str, faults: dict[str, int]) -> None:
     torch.set_num_threads(1)
     stage: Stage = make_stage(name, folder / f"inputs_{name}")
     seconds, n_calls = prepare(stage, folder)
     for wanted, n in faults.items():
-        trials = Trials(wanted, stage, folder, n)
+        trials = Trials(wanted, stage, mount_for(wanted, folder), n)
         until(trials, partial(FAULTS[wanted], trials, seconds, n_calls))
         print(json.dumps({"fault": wanted, "stage": name, "outcomes": trials.outcomes}), flush=True)
 

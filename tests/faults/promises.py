@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from child import Arm, Ended, run, warm_up
+from child import Arm, Ended, run, run_together, warm_up
 from stages import Stage, Wrong
 
 from cache_spec import derive_seed
@@ -44,11 +44,18 @@ class Trials:
     def n_done(self) -> int:
         return sum(self.outcomes.values())
 
-    def strike(self, arm: Arm, judge: Judge, meanwhile: Callable[[int], None] = lambda child: None) -> None:
-        """One trial, if the fault strikes, on what the trial before it left."""
+    def strike(
+        self,
+        arm: Arm,
+        judge: Judge,
+        meanwhile: Callable[[int], None] = lambda child: None,
+        undo: Callable[[], object] = lambda: None,
+    ) -> None:
+        """One trial, if the fault strikes, on what the trial before it left; then the fault is undone."""
         out = self.out()
         before = self.stage.seen(out)
         ended = run(self.stage.arguments(out), arm, meanwhile=meanwhile)
+        undo()
         self._keeps(before, out)
         if ended.struck:
             self.outcomes[judge(self, ended)] += 1
@@ -57,6 +64,23 @@ class Trials:
             raise Wrong(f"{self.fault}: {self.stage.name} ended with {ended.code} by itself: {ended.said[-2000:]}")
         if ended.code == 0 or self._in_chain >= CHAIN:
             self.mend()
+
+    def strike_together(self, seconds: float) -> None:
+        """The command twice at once, the second a while after the first: one may be told to wait or to stay away."""
+        out = self.out()
+        commands = self.stage.arguments(out)
+        ended = run_together([commands, commands], lambda counter: time.sleep(seconds * self.rng.random()))
+        for one in ended:
+            if one.code not in (0, 2):
+                raise Wrong(f"{self.fault}: {self.stage.name} ended with {one.code}: {one.said[-2000:]}")
+            if one.code:
+                one_sentence(self, one)
+        if all(one.code for one in ended):
+            raise Wrong(f"{self.fault}: {self.stage.name} refused both: {ended[0].said[-2000:]}")
+        self.stage.check_whole(out)
+        refused_one = any(one.code for one in ended)
+        self.outcomes["one did it, one sentence to the other" if refused_one else "both ended well"] += 1
+        self.mend()
 
     def out(self) -> Path:
         """Where the stage is at work now."""

@@ -20,7 +20,7 @@ from harvest import run
 from harvest.model import load_model
 from train.__main__ import app as train_app
 
-WORDS = ("--arch", "topk", "--k", "3", "--d-sae", "32", "--masked-fraction", "0.5", "--batch-size", "64")
+WORDS = ("--arch", "topk", "--k", "3", "--d-sae", "32", "--masked-fraction", "0.5", "--batch-size", "32")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_verify_finds_it_in_every_kind_of_file(how, cache, n_kills, tally, capsy
         for _ in range(max(2, n_kills // 50)):
             path = rng.choice(paths)
             with damaged(path, DAMAGE[how], rng):
-                said = refusal(lambda: verify(cache), path, names=(path.relative_to(cache).as_posix(),))
+                said = refusal(lambda: verify(cache), path, names=(path.relative_to(cache).as_posix(), str(cache)))
                 assert said or (how != "gone" and path.name == "lock"), f"verify takes {path} for whole"
                 outcomes[read_or_refused(cache, whole, path)] += 1
     verify(cache)
@@ -117,7 +117,7 @@ def test_what_the_sentence_says_mends_it(cache, harvest, tally):
                 assert "a copy" in said, said
                 outcomes["only a copy can mend it, which is said"] += 1
                 continue
-            place = Path(advice[1])
+            place = folder / "cache" / advice[1]
             if "record in" in said:
                 shard = int(re.findall(r"/c/(\d+)", said.partition(" is damaged in ")[2])[0]) if "/c/" in kind else 0
                 place = folder / "cache" / "_granary" / "shards" / f"{shard:06d}.json"
@@ -158,7 +158,7 @@ def leaves(value: object, place: tuple = ()) -> list[tuple]:
 
 def test_a_plan_edited_by_hand_is_refused_whatever_was_edited(cache, harvest, tally, tmp_path):
     plan = cache / "_granary/plan.json"
-    facts, outcomes = json.loads(plan.read_text()), Counter()
+    facts, outcomes, rng = json.loads(plan.read_text()), Counter(), random.Random(0)
     for place in leaves(facts):
         edited = json.loads(plan.read_text())
         inside = edited
@@ -166,7 +166,7 @@ def test_a_plan_edited_by_hand_is_refused_whatever_was_edited(cache, harvest, ta
             inside = inside[key]
         old = inside[place[-1]]
         inside[place[-1]] = old + 1 if isinstance(old, int | float) else f"{old}x"
-        with damaged(plan, lambda data, rng, edited=edited: (json.dumps(edited, indent=1) + "\n").encode(), random):
+        with damaged(plan, lambda data, rng, edited=edited: (json.dumps(edited, indent=1) + "\n").encode(), rng):
             for command in (verify, everything, harvest):
                 with pytest.raises(CacheError) as caught:
                     command(cache)
