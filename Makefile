@@ -1,6 +1,6 @@
 # Every stage of granary as one command. All targets but `help` first make .venv (see setup).
 # Folders and targets share names, so every target is phony.
-.PHONY: help setup demo harvest train evaluate test check format test-compat bench fuzz
+.PHONY: help setup demo harvest train evaluate test faults fuzz check format test-compat bench
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -91,6 +91,12 @@ evaluate: setup  ## [RUNS= METRICS= PROBE_DATA= DEVICE=]: measure the runs, writ
 
 test: setup  ## all tests, offline, on two cores
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# kill -9, signals, failing and full disks, damage; 1000 kills take half an hour on two cores.
+TRIALS ?= 64
+
+faults: setup  ## [TRIALS=1000]: strike the commands with faults, and print what came of it (docs/reliability.md)
+	GRANARY_FAULT_TRIALS=$(TRIALS) $(PY) -m pytest -n 2 tests/faults
 
 SECONDS ?= 300
 

@@ -133,7 +133,7 @@ def test_unfinished_and_failed_runs_and_transcoders_are_left_out_aloud(runs, cap
         ("run.json", "{", "is not JSON"),
         ("run.json", "[]", "is not a JSON object"),
         ("run.json", '{"status": "complete"}', "lacks or garbles"),
-        ("run.json", '{"status": "complete", "config": 3, "cache": {}}', "lacks or garbles"),
+        ("run.json", '{"status": "complete", "config": 3, "cache": {}}', "config is 3, which is no object"),
         ("cfg.json", "{", "is damaged"),
         ("cfg.json", "[]", "is damaged"),
         ("cfg.json", "{}", "is damaged"),

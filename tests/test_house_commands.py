@@ -37,6 +37,7 @@ PARSED = {  # and why they are not run
     "docs/performance.md": "measurements, some beside other libraries and some on a GPU",
     "docs/probing.md": "needs runs on a hub model",
     "docs/recipes.md": "needs hub models and a GPU",
+    "docs/reliability.md": "thousands of faults; those of CI are run by the tests that it names",
     "docs/saebench.md": "needs runs of the reader's; tests/test_evaluate_saebench.py runs the command on its own",
 }
 OTHERS = ("cd", "git", "pip")  # programs that are not ours

@@ -187,10 +187,11 @@ def load_run(path: str | Path, device: str = "cpu") -> TrainedRun:
     if facts["status"] != COMPLETE:
         raise UserError(f"{folder} is not finished; run the same `python -m train` command with --resume")
     try:
-        sae = assemble(read_object(folder / CFG), read_safetensors(folder / WEIGHTS))
         _check_files(folder, facts)
+        sae = assemble(read_object(folder / CFG), read_safetensors(folder / WEIGHTS))
     except (UserError, OSError, KeyError, RuntimeError) as error:
-        raise UserError(f"{folder} is damaged ({error}); move it away and train the run again") from None
+        why = " ".join(str(error).split())  # torch's has lines
+        raise UserError(f"{folder} is damaged ({why}); move it away and train the run again") from None
     return TrainedRun(path=folder, sae=sae.to(device).eval().requires_grad_(False), facts=facts)
 
 
