@@ -50,8 +50,11 @@ def changed(run: Path, copy: Path, change) -> Path:
 
 
 def test_the_folder_holds_the_sae_the_script_the_pins_and_the_commands(trained, tmp_path):
-    out = tmp_path / "new" / "bench"
-    prepared = prepare(trained / "batchtopk", out, model_name=PYTHIA)
+    out, run = tmp_path / "new" / "bench", changed(trained / "batchtopk", tmp_path / "run", lambda W_dec: W_dec)
+    config = json.loads((run / "cfg.json").read_text())
+    config["metadata"]["dataset_path"] = str(trained / "text.jsonl")  # a text of the user's own
+    (run / "cfg.json").write_text(json.dumps(config))
+    prepared = prepare(run, out, model_name=PYTHIA)
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     sae = {"sae/cfg.json", "sae/sae_weights.safetensors"}
     assert files == sae | {"README.md", "requirements.txt", "run_saebench.py", "saebench.json"}
