@@ -17,7 +17,7 @@ from train.engine import Kernel
 from train.kernels import dense
 from train.loader import MixedBatchLoader
 from train.parallel import shards
-from train.parallel.agree import led
+from train.parallel.agree import check_copies, led
 from train.parallel.axis import ALONE, Axis, Spread
 from train.parallel.exchange import largest_in_rows, nth_largest
 from train.parallel.limits import least_memory, refuse_spread
@@ -69,6 +69,16 @@ def exchange(team):
         led(team.spread, fail)
 
 
+def part_ways(team):
+    """A weight that a fault changed on one rank is found by all."""
+    weights = [torch.ones(4), torch.zeros(3)]
+    check_copies(team.spread, weights, "go on")
+    if team.rank.index == 2:
+        weights[1][0] = 1e-30
+    with pytest.raises(UserError, match=r"rank 2 are no longer those of rank 0.*; take .* and go on"):
+        check_copies(team.spread, weights, "go on")
+
+
 def fail() -> None:
     raise UserError("no room")
 
@@ -98,14 +108,15 @@ def files(team, path):
         assert shapes["silent_tokens"] == [48]
 
 
-def both(team, path):
+def all_of_it(team, path):
     exchange(team)
+    part_ways(team)
     files(team, path)
 
 
 def test_what_ranks_exchange_is_what_one_finds_and_what_they_write_is_the_file_of_one(tmp_path):
     """One test for both, because it takes seconds to start ranks."""
-    assert ranks(both, N, "latents", tmp_path, tmp_path / "state.safetensors") == [0] * N, logs(tmp_path)
+    assert ranks(all_of_it, N, "latents", tmp_path, tmp_path / "state.safetensors") == [0] * N, logs(tmp_path)
 
 
 def test_alone_a_tensor_comes_back_as_it_went_in():

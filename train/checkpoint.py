@@ -17,7 +17,8 @@ from safetensors.torch import load, save
 from cache_spec.errors import CacheDamaged, UserError
 from cache_spec.files import check_seal, crc32c, disk_full_as_error, read_json, readable_json, seal
 from cache_spec.untrusted import json_of, read_bounded
-from train.parallel.agree import led
+from train.parallel.agree import check_copies, led
+from train.parallel.gradients import copies
 from train.run_folder import GO_ON, LOG, STATE, write_whole
 from train.step import TrainRun
 from train.stored import MOST_WEIGHTS
@@ -32,6 +33,7 @@ def save_checkpoint(folder: Path, run: TrainRun) -> None:
 
     The file holds all of it, however many processes train the run; all of them call this at the same step.
     """
+    check_copies(run.spread, copies(run.sae), GO_ON)
     file = folder / STATE / f"step_{run.n_done:09d}.safetensors"
     if run.spread.latents.size > 1:
         from train.parallel.shards import write_tensors  # it imports DTensor, which takes a while

@@ -3,12 +3,13 @@
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from cache_spec.errors import UserError
 from train.parallel.axis import Spread
@@ -55,6 +56,23 @@ def _heard(spread: Spread) -> Any:
         error.exit_code = message["exit_code"]
         raise error
     return message["made"]
+
+
+@torch.no_grad()
+def check_copies(spread: Spread, copies: Sequence[Tensor], advice: str) -> None:
+    """Raises UserError on all processes if what each of them has a copy of is not the same to the bit everywhere.
+
+    They add up the same numbers in the same order, so nothing but a fault can part them.
+    """
+    if spread.size == 1:
+        return
+    sums = torch.stack([copy.contiguous().view(torch.int32).sum() for copy in copies]).cpu()
+    found = spread.all.gather(sums)
+    if wrong := (found != found[0]).any(1).nonzero().flatten().tolist():
+        raise UserError(
+            f"the weights of rank {wrong[0]} are no longer those of rank 0, which a fault of memory or of a device "
+            f"does; take the machines of both out of service, and {advice}"
+        )
 
 
 @contextmanager

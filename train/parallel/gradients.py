@@ -33,6 +33,11 @@ def clip_gradients(sae: SparseAutoencoder, most: float) -> None:
     clip_grads_with_norm_(parameters, most, length)
 
 
+def copies(sae: SparseAutoencoder) -> list[torch.nn.Parameter]:
+    """The parameters that several processes have whole: all, or where latents are spread those that belong to none."""
+    return list(sae.parameters()) if sae.spread.rows.size > 1 else _shared(sae)
+
+
 def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
     """Its gradient; a process on which nothing depends on the parameter has zeros."""
     if parameter.grad is None:

@@ -21,7 +21,8 @@ def auxk(step: StepView) -> Tensor:
     if spread.latents.count(len(step.dead), codes) > n_used:
         largest, latents = largest_in_rows(codes, n_used, spread.latents)
         codes = torch.zeros_like(codes).scatter(-1, latents, largest)
-    error = (residual - spread.latents.total(codes @ step.sae.W_dec[step.dead])).square().sum(-1).mean()
+    made = spread.latents.total((codes @ step.sae.W_dec[step.dead]).to(residual.dtype))
+    error = (residual - made).square().sum(-1).mean()
     variance = spread.rows.mean((residual - spread.rows.mean(residual.mean(0))).square().sum(-1).mean())
     varies = variance > 0  # not in a batch of one row: a division by 0 would make the gradient NaN
     return torch.where(varies, torch.nan_to_num(error / torch.where(varies, variance, 1.0)), 0.0)

@@ -14,5 +14,6 @@ def gate(step: StepView) -> Tensor:
     offset = sae.b_dec.detach()
     if sae.W_skip is not None:
         offset = offset + step.x @ sae.W_skip.detach()
-    error = step.target - (sae.spread.latents.total(step.forward.gate @ sae.W_dec.detach()) + offset)
+    made = (step.forward.gate @ sae.W_dec.detach()).to(offset.dtype)
+    error = step.target - (sae.spread.latents.total(made) + offset)
     return error.square().sum(-1).mean()
