@@ -51,3 +51,7 @@ class ObjectMissing(CacheError, FileNotFoundError):
     """An object store has nothing under the key."""
 
     exit_code = 1
+
+
+class RoomTooSmall(UserError):
+    """What is open at the same time does not fit into the bytes that copies of remote caches may take."""

@@ -125,13 +125,22 @@ def read_record(root: Place, plan: Plan, shard: int, sizes: Mapping[str, int] | 
     if not path.exists():
         return None
     record = parse_record(root, plan, shard)
+    check_sizes(root, plan, shard, record, sizes)
+    return record
+
+
+def check_sizes(
+    root: Place, plan: Plan, shard: int, record: dict[str, Any], sizes: Mapping[str, int] | None = None
+) -> None:
+    """Raises CacheDamaged if a file of a recorded shard is missing or has another size than the record says."""
     for file, size in stored_bytes(plan, shard, record).items():
         found = _size(root, file) if sizes is None else sizes.get(file)
         if found is None:
-            raise CacheDamaged(f"{root / file} is missing; {_repair(path)}")
+            raise CacheDamaged(f"{root / file} is missing; {_repair(root / record_file(shard))}")
         if found != size:
-            raise CacheDamaged(f"{root / file} has {found:,} bytes instead of {size:,}; {_repair(path)}")
-    return record
+            raise CacheDamaged(
+                f"{root / file} has {found:,} bytes instead of {size:,}; {_repair(root / record_file(shard))}"
+            )
 
 
 def _size(root: Place, file: str) -> int | None:

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from cache_spec.command import app_for, examples, run_command
+from cache_spec.copies import copies_for
+from evaluate.commands._options import CacheBytes, CacheDir
 from evaluate.names import available
 from evaluate.text_sources import TextSources
 
@@ -38,8 +40,10 @@ def evaluate(
         typer.Option(help="An SAE of SAELens, dictionary_learning or sparsify: a folder or owner/name[:subfolder]."),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="The cache to measure on, if it was moved or for --sae; default: the runs' own.")
-    ] = None,
+        str, typer.Option(help="The cache to measure on, if it was moved or for --sae; default: the runs' own.")
+    ] = "",
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = "",
     hook: Annotated[str, typer.Option(help="The cache's hook point for --sae; default: what its cfg.json says.")] = "",
     probe_data: Annotated[
         list[Path] | None, typer.Option(help="Labelled text to probe on: a jsonl or csv file or a folder; repeatable.")
@@ -65,7 +69,8 @@ def evaluate(
         runs,
         metrics=metrics,
         saes=sae or (),
-        cache=cache,
+        cache=cache or None,
+        copies=copies_for(cache or None, cache_dir, cache_bytes),
         hook=hook,
         sources=TextSources(probe_data=tuple(probe_data or ()), sae_probes=sae_probes, shifted_text=shifted_text),
         device=device,

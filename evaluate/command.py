@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from cache_spec.copies import Copies
 from cache_spec.errors import UserError
 from cache_spec.files import readable_json, remove_stale_partials_of, write_file
 from evaluate import wording
@@ -30,7 +31,8 @@ def run(
     out: Path,
     metrics: str = "",
     saes: Sequence[str] = (),
-    cache: Path | None = None,
+    cache: str | Path | None = None,
+    copies: Copies | None = None,
     hook: str = "",
     sources: TextSources | None = None,
     device: str = "cpu",
@@ -47,7 +49,7 @@ def run(
         raise UserError("--hook is for --sae; runs say their own hook point, so leave it out")
     complete, left_out = find_runs(folder) if folder else ([], {})
     asked = Asked(metrics=chosen, device=device, seed=seed, out=out, sources=sources or TextSources(), fresh=fresh)
-    measured = measure(complete, asked, cache=cache, saes=saes, hook=hook, left_out=left_out)
+    measured = measure(complete, asked, cache=cache, copies=copies, saes=saes, hook=hook, left_out=left_out)
     for name, why in measured.left_out.items():
         print(f"note: left out {name}: {why}")
     alone = (out / FACTS).is_file()

@@ -44,15 +44,15 @@ def read_held_out(cache: ActivationCache, hook: HookPlan, device: str) -> HeldOu
             break
     if not min(_n_rows(pieces["calibration"]), _n_rows(pieces["clean"])):
         raise CacheError(
-            f"{cache.path} holds no two documents kept out of training to score on; harvest it with --held-out 0.05"
+            f"{cache.place} holds no two documents kept out of training to score on; harvest it with --held-out 0.05"
         )
 
     def rows(name: str) -> Rows:
         stacked = np.concatenate(pieces[name])[:MAX_ROWS].astype(np.float32) * np.float32(hook.scale_factor)
         if not np.isfinite(stacked).all():
             raise CacheDamaged(
-                f"{cache.path} holds numbers that are not finite in {hook.name}/{name}, out of training; "
-                f"python -m cache_spec verify {cache.path} says where"
+                f"{cache.place} holds numbers that are not finite in {hook.name}/{name}, out of training; "
+                f"python -m cache_spec verify {cache.place} says where"
             )
         return Rows(x=torch.from_numpy(stacked).to(device))
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cache_spec import ActivationCache, CacheError, HookPlan, UserError
+from cache_spec.copies import Copies
 from cache_spec.progress import Progress
+from cache_spec.remote import open_cache
 from evaluate.bench import make_bench
 from evaluate.cases import Case, Place, check_run, control_cases, run_cases
 from evaluate.controls import mean_l0
@@ -65,7 +67,8 @@ def measure(
     runs: Sequence[Run],
     asked: Asked,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
+    copies: Copies | None = None,
     saes: Sequence[str] = (),
     hook: str = "",
     left_out: Mapping[str, str] | None = None,
@@ -76,7 +79,7 @@ def measure(
     cannot be measured is in `left_out`, beside what was left out before; raises RunsIncomplete if that is everything.
     """
     why_left_out = dict(left_out or {})
-    groups = _groups(runs, cache, saes, hook, why_left_out)
+    groups = _groups(runs, cache, copies, saes, hook, why_left_out)
     order_varies = _order_varies([run for group in groups for run in group.runs])
     measured = Measured(left_out=why_left_out, order_varies=order_varies)
     if not groups:
@@ -96,11 +99,16 @@ def measure(
 
 
 def _groups(
-    runs: Sequence[Run], cache: Path | None, saes: Sequence[str], hook: str, left_out: dict[str, str]
+    runs: Sequence[Run],
+    cache: str | Path | None,
+    copies: Copies | None,
+    saes: Sequence[str],
+    hook: str,
+    left_out: dict[str, str],
 ) -> list[_Group]:
     """Runs and SAEs that can be read, by cache and hook point; why the others cannot goes into `left_out`."""
     groups: dict[tuple[str, str], _Group] = {}
-    caches = open_caches(runs, cache, left_out)
+    caches = open_caches(runs, cache, left_out, copies)
 
     def group_of(opened: ActivationCache, plan: HookPlan) -> _Group:
         return groups.setdefault((opened.plan.cache_id, plan.name), _Group(cache=opened, hook=plan))
@@ -120,7 +128,7 @@ def _groups(
         group.hashes[run.path] = hashes[run.path]
     for text in saes:
         try:
-            opened = _cache_for_saes(caches, cache)
+            opened = _cache_for_saes(caches, cache, copies)
             pretrained = find_pretrained(text)
             group_of(opened, hook_of(pretrained, opened, hook)).pretrained.append(pretrained)
         except UserError as error:
@@ -128,10 +136,12 @@ def _groups(
     return list(groups.values())
 
 
-def _cache_for_saes(caches: Mapping[str, ActivationCache], given: Path | None) -> ActivationCache:
+def _cache_for_saes(
+    caches: Mapping[str, ActivationCache], given: str | Path | None, copies: Copies | None
+) -> ActivationCache:
     """The given cache, or the one that all runs share."""
     if given is not None:
-        return ActivationCache.open(given, allow_partial=True)
+        return open_cache(given, copies, allow_partial=True)
     if len(caches) != 1:
         raise UserError("--sae needs the activations to measure it on; say which cache with --cache")
     return next(iter(caches.values()))

@@ -108,7 +108,7 @@ def hook_of(pretrained: Pretrained, cache: ActivationCache, given: str) -> HookP
     else:
         names = ", ".join(hook.name for hook in cache.plan.hooks)
         reads = f"reads {pretrained.hook_name}" if pretrained.hook_name else "does not say where it reads"
-        raise UserError(f"--sae {pretrained.name} {reads}, and {cache.path} holds {names}; name one with --hook")
+        raise UserError(f"--sae {pretrained.name} {reads}, and {cache.place} holds {names}; name one with --hook")
     try:
         check_sae(pretrained.sae, hook)
     except UserError as error:

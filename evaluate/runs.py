@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError
+from cache_spec.copies import Copies
+from cache_spec.remote import open_cache as open_anywhere
 from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from evaluate.recipes import DROPOUT, NOISE, RANDOM_TOKEN, SMALL
 from train.known import check_parts
@@ -247,14 +249,16 @@ def _control(corrupt: str, variant: str) -> str:
     return RANDOM_TOKEN if variant.startswith("random") else ""
 
 
-def open_caches(runs: Sequence[Run], given: Path | None, left_out: dict[str, str]) -> dict[str, ActivationCache]:
+def open_caches(
+    runs: Sequence[Run], given: str | Path | None, left_out: dict[str, str], copies: Copies | None = None
+) -> dict[str, ActivationCache]:
     """cache_id -> its cache, opened; runs whose cache cannot be had are named in `left_out`."""
     found: dict[str, ActivationCache] = {}
     for run in runs:
         if run.cache_id in found:
             continue
         try:
-            found[run.cache_id] = open_cache(run, given)
+            found[run.cache_id] = open_cache(run, given, copies)
         except CacheError as error:
             left_out[run.path.name] = str(error)
     for run in runs:
@@ -263,14 +267,14 @@ def open_caches(runs: Sequence[Run], given: Path | None, left_out: dict[str, str
     return found
 
 
-def open_cache(run: Run, given: Path | None) -> ActivationCache:
-    """The cache a run was trained on, at `given` or where its run.json says.
+def open_cache(run: Run, given: str | Path | None, copies: Copies | None = None) -> ActivationCache:
+    """The cache a run was trained on, at `given` or where its run.json says, a folder or a URL.
 
     Raises CacheNotFound if it is not there and CacheError if it is another one.
     """
-    place = given or Path(run.cache_path)
+    place = given or run.cache_path
     try:
-        cache = ActivationCache.open(place, allow_partial=True)
+        cache = open_anywhere(place, copies, allow_partial=True)
     except CacheNotFound as error:
         if given is not None:
             raise

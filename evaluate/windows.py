@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cache_spec import ActivationCache
 from cache_spec.hook_point import HookPoint
+from cache_spec.layout import INTERNAL, planner_files
 from cache_spec.seeds import derive_seed
 from evaluate.kept import code_hash
 from evaluate.rows import Rows
@@ -77,7 +79,10 @@ def held_out_windows(cache: ActivationCache) -> tuple[Windows | None, str]:
     """Held-out windows of the cache, as many as the log-probabilities have room for; or None and the reason."""
     plan = cache.plan
     n = max(1, min(plan.n_held_out_windows, most_windows(cache)))
-    path = cache.path / "_granary" / "windows.npy"
+    file = f"{INTERNAL}/windows.npy"
+    with suppress(FileNotFoundError):
+        cache.files.gather([name for name in planner_files(plan) if name == file])
+    path = cache.path / file
     if not path.is_file():
         return None, f"{path}, the tokens to run it on, is not there; copy it from where the cache was made"
     windows = np.load(path, mmap_mode="r")

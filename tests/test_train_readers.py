@@ -208,16 +208,19 @@ def test_auto_maps_what_fits_in_half_of_memory_and_says_so(tmp_path, monkeypatch
     pages = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 1000}
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
     monkeypatch.setattr(readers, "file_system", lambda path: "ext4")
-    assert choose_io("auto", tmp_path, 500_000) == ("mmap", "mmap: 500.0 kB to read fit in 50% of the machine's 1.0 MB")
-    assert choose_io("auto", tmp_path, 500_001)[0] == "pread"
-    assert "do not fit in 50%" in choose_io("auto", tmp_path, 500_001)[1]
-    assert choose_io("mmap", tmp_path, 10**9) == ("mmap", "mmap, as asked for")
-    assert choose_io("pread", tmp_path, 1)[0] == "pread"
+    assert choose_io("auto", tmp_path, 500_000, "") == (
+        "mmap",
+        "mmap: 500.0 kB to read fit in 50% of the machine's 1.0 MB",
+    )
+    assert choose_io("auto", tmp_path, 500_001, "")[0] == "pread"
+    assert "do not fit in 50%" in choose_io("auto", tmp_path, 500_001, "")[1]
+    assert choose_io("mmap", tmp_path, 10**9, "") == ("mmap", "mmap, as asked for")
+    assert choose_io("pread", tmp_path, 1, "")[0] == "pread"
     for kind in ("nfs4", "fuse.sshfs", "lustre"):
         monkeypatch.setattr(readers, "file_system", lambda path, kind=kind: kind)
-        assert choose_io("auto", tmp_path, 1) == ("pread", f"pread: the cache is on {kind}")
+        assert choose_io("auto", tmp_path, 1, "") == ("pread", f"pread: the cache is on {kind}")
     with pytest.raises(UserError, match="auto, mmap, pread"):
-        choose_io("zarr", tmp_path, 1)
+        choose_io("zarr", tmp_path, 1, "")
 
 
 def test_the_file_system_is_that_of_the_innermost_mount(tmp_path):
@@ -240,7 +243,9 @@ def test_the_file_system_is_that_of_the_innermost_mount(tmp_path):
 def test_the_loader_counts_only_what_it_will_read(cache, monkeypatch):
     """Train shards of the hook points and variants in use decide whether a cache fits."""
     seen = []
-    monkeypatch.setattr("train.loader.choose_io", lambda io, path, n_bytes: seen.append(n_bytes) or ("mmap", "why"))
+    monkeypatch.setattr(
+        "train.loader.choose_io", lambda io, path, n_bytes, url: seen.append(n_bytes) or ("mmap", "why")
+    )
     file = cache.path / activation_file("layer_1", "clean", 0)
     MixedBatchLoader(cache, DATA, with_masked=False)
     assert MixedBatchLoader(cache, DATA).io_note == "why"

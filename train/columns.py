@@ -1,10 +1,12 @@
 """What the columns of a cache say about its rows: which to train on, and which are the same in both views."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cache_spec.cache import ActivationCache
+from cache_spec.layout import column_file
 from cache_spec.moments import ordinary_rows
 from train.recent import Recent
 
@@ -31,6 +33,18 @@ class RowColumns:
     def of(self, shard: int) -> ShardRows:
         """Raises CacheDamaged if a column fails its checksum."""
         return self._latest.get(shard, self._read)
+
+    def counts(self, shards: Sequence[int]) -> np.ndarray:
+        """[shards] rows to train on in each.
+
+        What the commit record says spares a remote cache's columns, until training comes to them.
+        """
+        if self._cache.files.is_remote and self._cache.plan.has_moments and self._positions == "all":
+            return np.array([self._cache.records[shard]["moment_rows"] for shard in shards])
+        if self._cache.files.is_remote:
+            names = ["flags", *(["mask"] if self._bit else [])]
+            self._cache.files.gather([column_file(name, shard) for shard in shards for name in names])
+        return np.array([len(self.of(shard).usable) for shard in shards])
 
     def _read(self, shard: int) -> ShardRows:
         usable = ordinary_rows(self._cache.column("flags", shard))  # a first token's huge norm would rule the scale

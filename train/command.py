@@ -7,9 +7,10 @@ from collections.abc import Set
 
 import torch
 
-from cache_spec.cache import ActivationCache
+from cache_spec.copies import copies_for
 from cache_spec.counts import parse_count
 from cache_spec.errors import UserError
+from cache_spec.remote import open_cache
 from train.config import DataConfig
 from train.grid import Lists, Settings, check_target, make_runs
 from train.loader import MixedBatchLoader
@@ -93,7 +94,11 @@ def _run(options: Options, given: Set[str], team: Team) -> None:
 
 def _open(options: Options, lists: Lists, team: Team) -> MixedBatchLoader:
     with before_training():
-        cache = ActivationCache.open(options.cache, allow_partial=options.allow_partial)
+        cache = open_cache(
+            options.cache,
+            copies_for(options.cache, options.cache_dir, options.cache_bytes),
+            allow_partial=options.allow_partial,
+        )
         data = DataConfig(
             hook=read_hook(cache, options.hook),
             n_tokens=parse_count(options.tokens, "--tokens") if options.tokens else cache.plan.n_train_rows,

@@ -51,7 +51,7 @@ def cache_facts(loader: MixedBatchLoader) -> dict[str, Any]:
     """Where the rows came from: enough to find them again and to name the SAE for other tools."""
     plan, hook = loader.cache.plan, loader.hook
     return {
-        "path": str(loader.cache.path.resolve()),
+        "path": loader.cache.place if loader.cache.files.is_remote else str(loader.cache.path.resolve()),
         "cache_id": plan.cache_id,
         "hook": hook.name,
         "hook_point": hook.hook_point,

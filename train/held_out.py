@@ -37,7 +37,7 @@ def _rows(loader: MixedBatchLoader, hook: HookPlan, scale: Scale) -> Tensor | No
         usable = np.flatnonzero(ordinary_rows(loader.cache.column("flags", shard)))[:n_left]
         stored = torch.from_numpy(loader.cache.activations(hook.name, "clean", shard)[usable])
         chosen.append(stored.to(loader.device).to(torch.float32))
-        refuse_non_finite(chosen[-1].sum(1), f"{hook.name} in held-out shard {shard} of {loader.cache.path}")
+        refuse_non_finite(chosen[-1].sum(1), f"{hook.name} in held-out shard {shard} of {loader.cache.place}")
         n_left -= len(usable)
     if n_left == MAX_ROWS:
         return None

@@ -1,10 +1,10 @@
 """Batches from a cache: the rows that the schedule names, read ahead, cast and scaled on the device."""
 
 import math
-from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from cache_spec.seeds import derive_seed
 from train.columns import RowColumns
 from train.config import DataConfig
 from train.data_checks import check_options, check_variant, target_hook_of
+from train.fetch_ahead import fetch_ahead_of, fetch_and_read_ahead
 from train.mixing import BOTH, CLEAN, Mixture, Need, Rows, masking_ranks, need_of
 from train.ranks import Team
-from train.read_ahead import read_ahead
-from train.readers import Reader, choose_io, open_reader
+from train.read_ahead import Made, read_ahead
+from train.readers import MAX_FILES, File, Reader, choose_io, open_reader
 from train.scale import SamplePart, Scale, measure
 from train.schedule import RowSchedule
 from train.sharing import Ring, Sharing
@@ -34,6 +35,7 @@ from train.views import View, segments_of, views_of
 MAX_OPEN_SHARDS = 64
 SAMPLE_ROWS = 65536  # enough for a mean of squared norms to three digits
 _SAMPLE_PART = 1024  # rows in memory at a time
+_SAMPLE_THREADS = 8  # where each row has a way to come
 _LONG_CHECK = 8 << 30  # bytes that it takes more than a few seconds to check
 
 
@@ -82,11 +84,12 @@ class MixedBatchLoader:
         n_open = self._n_open()
         n_kept = 2 * n_open + 8  # a stretch may stand across two shards
         self._columns = RowColumns(cache, data.masked_variant, data.positions, n_kept)
-        counts = np.array([len(self._columns.of(shard).usable) for shard in self.shards])
+        counts = self._columns.counts(self.shards)
+        self._n_usable = dict(zip(self.shards, counts.tolist(), strict=True))
         self.n_rows = int(counts.sum())
         if self.n_rows < data.batch_size:
             raise UserError(
-                f"{cache.path} has {self.n_rows:,} rows to train on, fewer than one batch of {data.batch_size:,}; "
+                f"{cache.place} has {self.n_rows:,} rows to train on, fewer than one batch of {data.batch_size:,}; "
                 "lower --batch-size or harvest more tokens"
             )
         self.n_batches = self.n_rows // data.batch_size  # whole ones in the first epoch
@@ -94,9 +97,19 @@ class MixedBatchLoader:
         self.schedule = RowSchedule(counts, batch_size=data.batch_size, n_open=n_open, seed=data.seed)
         arrays = self._arrays(with_masked)
         self._n_bytes = self._bytes_of(arrays)
-        self.io, self.io_note = choose_io(data.io, cache.path, self._n_bytes)
+        url = cache.place if cache.files.is_remote else ""
+        self.io, self.io_note = choose_io(data.io, cache.path, self._n_bytes, url)
         self._reader: Reader = open_reader(self.io, cache, len(arrays) * n_kept)
         self._sharing = Sharing(team) if team is not None and len(team.node) > 1 else None
+        self._fetch_ahead = fetch_ahead_of(
+            cache,
+            self._reader,
+            [(hook.name, variant) for hook, variant in arrays],
+            self._columns.of,
+            n_open=n_open,
+            n_files=min(MAX_FILES, len(arrays) * n_kept),
+            horizon=2 * cache.plan.shard_rows * n_open // data.batch_size,
+        )
         self.scale, self.target_scale = self._scales(with_masked)
 
     def position(self, step: int) -> tuple[int, int]:
@@ -131,7 +144,7 @@ class MixedBatchLoader:
             with self._shared_stream(self._sharing, range(first, last), mixtures, stages) as stream:
                 yield stream
             return
-        with read_ahead(make, range(first, last), **self._ahead) as results:
+        with self._reading_ahead(make, range(first, last), mixtures) as results:
             yield Stream(results)
 
     @contextmanager
@@ -149,7 +162,7 @@ class MixedBatchLoader:
 
         with sharing.ring(steps.start, steps.stop, mixtures, n_slots=len(stages), slot_bytes=self._slot_bytes) as ring:
             wanted = range(ring.wanted.first, ring.wanted.last) if ring.reads else steps
-            with read_ahead(make, wanted, **self._ahead) as results:
+            with self._reading_ahead(make, wanted, ring.wanted.mixtures if ring.reads else None) as results:
                 try:
                     yield Stream(made for made in results if made is not None)
                     n_wanting = 0
@@ -193,10 +206,20 @@ class MixedBatchLoader:
             self._sharing.agree([vars(scale), vars(target_scale)])
         return scale, target_scale
 
-    @property
-    def _ahead(self) -> dict[str, Any]:
-        """How to read ahead."""
-        return {"n_slots": self.data.read_ahead, "n_threads": self.data.readers, "device": self.device}
+    def _reading_ahead(
+        self, make: Callable[[int, int], Made], steps: range, mixtures: Set[Mixture] | None
+    ) -> AbstractContextManager[Iterator[Made]]:
+        """What is made of steps, ahead; the files of a remote cache come earlier still, where they are read."""
+        fetch = self._fetch_ahead if mixtures is not None else None
+        files_of = partial(self._files_of, mixtures=mixtures or CLEAN)
+        return fetch_and_read_ahead(fetch, make, steps, files_of, self.data, self.device)
+
+    def _files_of(self, step: int, mixtures: Set[Mixture]) -> list[File]:
+        """The files that `fill` reads for a step."""
+        shards = dict.fromkeys(self.shards[piece.shard] for piece in self.schedule.pieces(step))
+        views = views_of(need_of(mixtures, self.data.batch_size, step), self.data, self.hook, self.target_hook)
+        parts = [(view.hook.name, variant) for view in views for variant, low, high in view.parts if low < high]
+        return [(*part, shard) for shard in shards for part in parts]
 
     def _arrays(self, with_masked: bool) -> list[tuple[HookPlan, str]]:
         """Hook point and variant of everything that a step reads."""
@@ -268,15 +291,30 @@ class MixedBatchLoader:
     def _sample(self, hook: HookPlan, with_masked: bool) -> Iterator[SamplePart]:
         """About 65,536 clean rows and their masked twins; the same ones whatever the seed."""
         share = -(-SAMPLE_ROWS // len(self.shards))
-        for shard in self._watched(hook):
-            usable = self._columns.of(shard).usable[:share]
-            for start in range(0, len(usable), _SAMPLE_PART):
-                inside = usable[start : start + _SAMPLE_PART]
-                yield SamplePart(
-                    clean=self._sample_rows(hook, "clean", shard, inside),
-                    masked=self._sample_rows(hook, self.data.masked_variant, shard, inside) if with_masked else None,
-                    where=f"{hook.name} in shard {shard} of {self.cache.path}",
-                )
+        starts = {shard: range(0, min(share, self._n_usable[shard]), _SAMPLE_PART) for shard in self.shards}
+
+        def part(shard: int, start: int) -> SamplePart:
+            inside = self._columns.of(shard).usable[start : min(start + _SAMPLE_PART, share)]
+            return SamplePart(
+                clean=self._sample_rows(hook, "clean", shard, inside),
+                masked=self._sample_rows(hook, self.data.masked_variant, shard, inside) if with_masked else None,
+                where=f"{hook.name} in shard {shard} of {self.cache.place}",
+            )
+
+        if not self.cache.files.is_remote:
+            yield from (part(shard, start) for shard in self._watched(hook) for start in starts[shard])
+            return
+        places = [(shard, start) for shard in self.shards for start in starts[shard]]
+        n_threads = min(_SAMPLE_THREADS, len(places))
+        with (
+            read_ahead(
+                lambda i, _: part(*places[i]), range(len(places)), n_slots=n_threads, n_threads=n_threads
+            ) as made,
+            Progress(f"a sample of {hook.name}", len(places), "parts") as progress,
+        ):
+            for each in made:
+                yield each
+                progress.advance()
 
     def _sample_rows(self, hook: HookPlan, variant: str, shard: int, inside: np.ndarray) -> Tensor:
         """Rows as they are in the model [n, d_model]."""

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.copies import DEFAULT_BYTES
 from train.names import available
 
 _arches, _corruptions, _kernels, _penalties = (
@@ -22,7 +23,12 @@ def _option(*names: str, help: str, min: int | None = None) -> object:
 class Options:
     """What the command line says. None and "" are "not given"."""
 
-    cache: Annotated[Path, _option(help="(data) The activation cache, a folder that python -m harvest made.")]
+    cache: Annotated[
+        str,
+        _option(
+            help="(data) The activation cache that python -m harvest made: a folder, or s3://, gs:// or az:// URL."
+        ),
+    ]
     out: Annotated[Path, _option(help="(data) Folder for the runs; each run gets a folder of its own in it.")]
     preset: Annotated[
         str, _option(help="Set many options at once: paper, the published set-up. What you give beside it wins.")
@@ -201,6 +207,15 @@ class Options:
     io: Annotated[str, _option(help="(machine) How to read the cache: mmap, pread, or auto by its size and place.")] = (
         "auto"
     )
+    cache_dir: Annotated[
+        Path | None,
+        _option(
+            help="(machine) Folder for copies of a cache at a URL; may be shared. Default: among the user's caches."
+        ),
+    ] = None
+    cache_bytes: Annotated[
+        str, _option(help=f"(machine) Size of all copies in that folder, such as 200GB. Default: {DEFAULT_BYTES}.")
+    ] = ""
     readers: Annotated[int, _option(help="(machine) Threads that read ahead.", min=1)] = 2
     read_ahead: Annotated[int, _option(help="(machine) Batches read in advance.", min=1)] = 4
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cache_spec.counts import parse_bytes
 from cache_spec.errors import UserError
 from train.activations import JumpReLU
 from train.choosing import job_of, kernel_of
@@ -33,7 +34,6 @@ _ENTRY_BYTES, _GROUPED_ENTRY_BYTES = (
 _SMALL_STEP = 5e9  # floating-point operations below which one thread is the fastest
 USABLE = 90  # percent of what is free; the rest is for what nobody planned
 _GIB = 2**30
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def n_parameters(config: RunConfig, d_model: int, d_out: int) -> int:
@@ -160,16 +160,7 @@ def gib(n_bytes: int) -> str:
 
 def parse_memory(text: str) -> int:
     """`16G`, `500M` -> bytes. Raises UserError for anything else."""
-    number, unit = text.strip().upper().removesuffix("IB").removesuffix("B"), ""
-    if number and number[-1] in _UNITS:
-        number, unit = number[:-1], number[-1]
-    try:
-        n_bytes = int(float(number) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        n_bytes = 0
-    if n_bytes < 1:
-        raise UserError(f"--memory is '{text}'; give a size such as 16G or 500M")
-    return n_bytes
+    return parse_bytes(text, "--memory")
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -48,10 +48,17 @@ class Reader(Protocol):
         ...
 
 
-def choose_io(io: str, path: Path, n_bytes: int) -> tuple[str, str]:
-    """("mmap" or "pread", why) to read `n_bytes` of the cache at `path`. Raises UserError for an unknown choice."""
+def choose_io(io: str, path: Path, n_bytes: int, url: str) -> tuple[str, str]:
+    """("mmap" or "pread", why) to read `n_bytes` of the cache at `path`, or of copies there of one at a URL.
+
+    Raises UserError for an unknown choice.
+    """
     if io not in IO:
         raise UserError(f"--io {io} is unknown; it is one of {', '.join(IO)}")
+    if url and io == "mmap":
+        raise UserError(f"--io mmap is for a cache in a folder, not for {url}, whose copies come and go; leave it out")
+    if url:
+        return "pread", f"pread from copies in {path}"
     if io != "auto":
         return io, f"{io}, as asked for"
     kind = file_system(path)
@@ -143,6 +150,22 @@ class PositionedReader:
         for number in np.unique(numbers).tolist():
             chosen = numbers == number
             out[chosen] = self._cache.chunk(*file, number)[rows[chosen] - number * self._cache.plan.chunk_rows]
+
+    def prepare(self, file: File) -> None:
+        """Open a file before its rows are asked for; it stays open until it is dropped, or many others were opened."""
+        self._files.get(file, self._open)
+
+    def drop(self, file: File) -> None:
+        """Close a file, when nobody reads it any more."""
+        self._files.drop(file)
+
+    def files(self, *, opening: bool = False) -> list[File]:
+        """Those that are open; with `opening` also those that somebody is about to open."""
+        return self._files.keys(made=not opening)
+
+    def drop_oldest(self) -> bool:
+        """The same for the file that was read longest ago; says whether there was one."""
+        return self._files.drop_oldest()
 
     def _open(self, file: File) -> "_File":
         return _File(self._cache.open_activations(*file))

@@ -77,7 +77,7 @@ def read_hook(cache: ActivationCache, text: str) -> str:
         return cache.hook(text).name
     names = [hook.name for hook in cache.plan.hooks]
     if len(names) > 1:
-        raise UserError(f"{cache.path} holds {', '.join(names)}; choose one with --hook")
+        raise UserError(f"{cache.place} holds {', '.join(names)}; choose one with --hook")
     return names[0]
 
 

@@ -41,6 +41,24 @@ class Recent(Generic[Key, Kept]):
                     place.values.append(make(key))
         return place.values[0]
 
+    def drop(self, key: Key) -> None:
+        """Forget the value of a key, if there is one; whoever has it keeps it."""
+        with self._lock:
+            self._places.pop(key, None)
+
+    def drop_oldest(self) -> bool:
+        """The same for the least recently used one; says whether there was one."""
+        with self._lock:
+            made = [key for key, place in self._places.items() if place.values]
+            if made:
+                del self._places[made[0]]
+            return bool(made)
+
+    def keys(self, *, made: bool = True) -> list[Key]:
+        """Of the values that are there; else also of those that somebody is making, or could not make."""
+        with self._lock:
+            return [key for key, place in self._places.items() if place.values or not made]
+
     def __iter__(self) -> Iterator[Kept]:
         with self._lock:
             return iter([value for place in self._places.values() for value in place.values])

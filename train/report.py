@@ -46,7 +46,7 @@ def print_plan(
     epochs = loader.n_steps * data.batch_size / loader.n_rows
     to = f" -> {loader.target_hook.name}" if data.target_hook else ""
     print(
-        f"cache     {loader.cache.path}: {loader.hook.name}{to} of {plan.model.get('id', 'unknown')}, "
+        f"cache     {loader.cache.place}: {loader.hook.name}{to} of {plan.model.get('id', 'unknown')}, "
         f"{loader.n_rows:,} rows to train on, d_model {loader.hook.d_model}"
     )
     print(f"reading   {loader.io_note}")
@@ -83,7 +83,7 @@ def plan_facts(
     data = loader.data
     passes = split(runs, loader, n_threads, free, spread=spread)
     return {
-        "cache": str(loader.cache.path),
+        "cache": loader.cache.place,
         "hook": data.hook,
         "target_hook": data.target_hook,
         "d_model": loader.hook.d_model,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cache_spec.errors import CacheDamaged, UserError
+from cache_spec.errors import CacheDamaged, RoomTooSmall, StoreError, UserError
 from cache_spec.progress import Progress
 from train.checkpoint import checkpoint_step, discard_damaged
 from train.choosing import kernels_for
@@ -262,10 +262,10 @@ def _kept_at_ctrl_c(entries: list[Entry]) -> Iterator[None]:
 
 @contextmanager
 def _kept_at_damage(entries: list[Entry]) -> Iterator[None]:
-    """A damaged file of the cache that only now came up: keep every step so far."""
+    """A file of the cache that only now proves damaged, or does not come: keep every step so far."""
     try:
         yield
-    except CacheDamaged as error:
+    except (CacheDamaged, StoreError, RoomTooSmall) as error:
         for entry in entries:
             if entry.spread.size == 1:  # the others that train it may not have met the damage yet
                 entry.keep()

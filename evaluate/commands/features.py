@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cache_spec.command import examples as shown_examples
-from evaluate.commands._options import Cache, Device, Examples, Latents, Model, Run, Seed, Tokens
+from evaluate.commands._options import Cache, CacheBytes, CacheDir, Device, Examples, Latents, Model, Run, Seed, Tokens
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -24,7 +24,9 @@ def features(
     run: Run,
     out: Annotated[Path, typer.Option(help="Folder for the site: new, empty, or a former site, which it replaces.")],
     latents: Latents = "all",
-    cache: Cache = None,
+    cache: Cache = "",
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = "",
     device: Device = "cpu",
     model: Model = "",
     examples: Examples = 10,
@@ -32,6 +34,7 @@ def features(
     seed: Seed = 0,
 ) -> None:
     # This imports torch and transformers, which take seconds; --help and a mistyped option should not.
+    from cache_spec.copies import copies_for
     from cache_spec.counts import parse_count
     from evaluate.features.command import run_features
     from evaluate.features.gather import Asked
@@ -40,7 +43,8 @@ def features(
         Asked(
             run=run,
             latents=latents,
-            cache=cache,
+            cache=cache or None,
+            copies=copies_for(cache or None, cache_dir, cache_bytes),
             device=device,
             model=model,
             examples=examples,

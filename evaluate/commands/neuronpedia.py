@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cache_spec.command import examples as shown_examples
-from evaluate.commands._options import Cache, Device, Examples, Latents, Model, Run, Seed, Tokens
+from evaluate.commands._options import Cache, CacheBytes, CacheDir, Device, Examples, Latents, Model, Run, Seed, Tokens
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -26,7 +26,9 @@ def neuronpedia(
     run: Run,
     out: Annotated[Path, typer.Option(help="Folder to write: new, empty, or a former export, which it replaces.")],
     latents: Latents = "all",
-    cache: Cache = None,
+    cache: Cache = "",
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = "",
     device: Device = "cpu",
     model: Model = "",
     examples: Examples = 20,
@@ -44,6 +46,7 @@ def neuronpedia(
     url: Annotated[str, typer.Option(help="Where to send them.")] = "https://www.neuronpedia.org",
 ) -> None:
     # This imports torch and transformers, which take seconds; --help and a mistyped option should not.
+    from cache_spec.copies import copies_for
     from cache_spec.counts import parse_count
     from evaluate.features.gather import Asked
     from evaluate.neuronpedia.command import run_neuronpedia
@@ -51,7 +54,8 @@ def neuronpedia(
     asked = Asked(
         run=run,
         latents=latents,
-        cache=cache,
+        cache=cache or None,
+        copies=copies_for(cache or None, cache_dir, cache_bytes),
         device=device,
         model=model,
         examples=examples,

@@ -67,7 +67,7 @@ def collect(reading: Reading, *, n_top: int, seed: int) -> Firings:
                 _take(reading, shard, inside[:left], window[:left], totals, generator)
                 progress.advance(min(len(inside), left))
     if not totals.n_rows:
-        raise CacheError(f"{reading.cache.path} holds no ordinary rows (all are special tokens); harvest other text")
+        raise CacheError(f"{reading.cache.place} holds no ordinary rows (all are special tokens); harvest other text")
     return Firings(
         n_rows=totals.n_rows,
         n_held_out=totals.n_held_out,

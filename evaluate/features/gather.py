@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from cache_spec.copies import Copies
 from cache_spec.errors import UserError
 from evaluate.cases import check_sae
 from evaluate.features.collect import Firings, collect
@@ -33,7 +34,8 @@ class Asked:
 
     run: Path
     latents: str = "all"
-    cache: Path | None = None
+    cache: str | Path | None = None
+    copies: Copies | None = None
     device: str = "cpu"
     model: str = ""
     examples: int = 10
@@ -102,7 +104,7 @@ def gather(asked: Asked) -> Found:
     run = one_run(asked.run)
     sae = load_run(asked.run, device).sae
     check_selection(asked.latents, sae.d_sae)
-    cache = open_cache(run, asked.cache)
+    cache = open_cache(run, asked.cache, asked.copies)
     hook = cache.hook(run.hook)
     if not sae.is_transcoder:
         check_sae(sae.cpu(), hook)

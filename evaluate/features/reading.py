@@ -43,8 +43,8 @@ class Reading:
         x = torch.from_numpy(stored.astype(np.float32) * np.float32(self.hook.scale_factor))
         if not bool(torch.isfinite(x).all()):
             raise CacheDamaged(
-                f"{self.cache.path} holds numbers that are not finite in {self.hook.name}/{variant}; "
-                f"python -m cache_spec verify {self.cache.path} says where"
+                f"{self.cache.place} holds numbers that are not finite in {self.hook.name}/{variant}; "
+                f"python -m cache_spec verify {self.cache.place} says where"
             )
         return self.sae.encode(x.to(self.device))
 
@@ -60,7 +60,7 @@ def make_reading(
         shards.append(shard)
         n += cache.rows_in(shard)
     if not shards:
-        raise CacheError(f"{cache.path} holds no rows yet; finish its harvest")
+        raise CacheError(f"{cache.place} holds no rows yet; finish its harvest")
     return Reading(cache=cache, hook=hook, sae=sae, device=device, shards=tuple(shards), most_rows=most_rows)
 
 

@@ -88,7 +88,7 @@ def about(found: Found) -> dict[str, Any]:
     trained = firings.n_rows - firings.n_held_out
     dead = int((firings.counts[found.latents] == 0).sum())
     return {
-        "rows": f"{firings.n_rows:,} clean rows of {reading.cache.path.name}, {reading.hook.hook_point}: "
+        "rows": f"{firings.n_rows:,} clean rows of {Path(reading.cache.place).name}, {reading.hook.hook_point}: "
         f"{firings.n_held_out:,} held out of training and {trained:,} of training",
         "model": public_name(reading.cache.plan.model.get("id")),
         "text": public_name(reading.cache.plan.source.get("id")),

@@ -1,0 +1,37 @@
+"""Where copies of remote caches go, and how large they may be together."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache_spec.counts import parse_bytes
+from cache_spec.errors import UserError
+from cache_spec.store import Patience, is_url
+
+DEFAULT_BYTES = "50GB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """The folder of the copies, the bytes they may take together, and how long their stores are waited for."""
+
+    folder: Path
+    n_bytes: int
+    patience: Patience = field(default_factory=Patience)
+
+
+def copies_for(place: str | Path | None, folder: Path | None, n_bytes: str) -> Copies:
+    """What --cache-dir and --cache-bytes ask for. Raises UserError if they are given for a cache in a folder."""
+    if place is not None and not is_url(str(place)) and (folder is not None or n_bytes):
+        option = "--cache-dir" if folder is not None else "--cache-bytes"
+        raise UserError(f"{option} is for copies of a cache at a URL, and {place} is a folder; leave it out")
+    return Copies(
+        folder=(folder or default_folder()).expanduser(),
+        n_bytes=parse_bytes(n_bytes or DEFAULT_BYTES, "--cache-bytes"),
+    )
+
+
+def default_folder() -> Path:
+    """Of granary, among the user's caches."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if given.startswith("/") else Path("~/.cache")) / "granary" / "caches"
