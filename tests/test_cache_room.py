@@ -11,7 +11,7 @@ from cache_spec.errors import DiskFull, RoomTooSmall
 from cache_spec.room import Room
 
 
-def test_what_a_dead_writer_left_makes_room(folder, tmp_path):
+def test_what_a_dead_writer_left_makes_room(tmp_path):
     room = Room(tmp_path, 100)
     (tmp_path / ".0.dead.partial").write_bytes(bytes(90))
     (tmp_path / "old").write_bytes(bytes(10))
