@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
@@ -26,6 +27,15 @@ class GoneStore:
     check = get = append = multi_get = set
 
 
+class MuteStore:
+    """A store on a machine that was switched off."""
+
+    def set(self, *_: object) -> None:
+        threading.Event().wait(20)
+
+    check = get = append = multi_get = set
+
+
 def members(*hosts: str, pid: int = HERE) -> list[Rank]:
     n = len(hosts)
     return [
@@ -34,9 +44,9 @@ def members(*hosts: str, pid: int = HERE) -> list[Rank]:
     ]
 
 
-def watches(ranks: list[Rank], store=None) -> list[Watch]:
+def watches(ranks: list[Rank], store: Any = None) -> list[Watch]:
     """One for each rank, none of them running."""
-    store = dist.HashStore() if store is None else store
+    store = dist.PrefixStore("watch", dist.HashStore()) if store is None else store
     return [Watch(store, rank, ranks, interrupted=threading.Event(), keeps=True) for rank in ranks]
 
 
@@ -144,13 +154,26 @@ def test_without_the_store_there_is_a_reason_too(dead, monkeypatch):
 def test_the_main_thread_is_interrupted_once_and_later_signals_do_nothing(dead):
     ranks = members("a", "a", pid=dead)
     with interrupted_once() as interrupted:
-        watch = Watch(dist.HashStore(), ranks[0], ranks, interrupted=interrupted, keeps=True)
+        watch = Watch(dist.PrefixStore("watch", dist.HashStore()), ranks[0], ranks, interrupted=interrupted, keeps=True)
         with pytest.raises(KeyboardInterrupt), watch:
             time.sleep(30)
         assert interrupted.is_set()
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is not None
+
+
+def test_a_store_that_does_not_answer_is_gone_though_nothing_says_so(monkeypatch):
+    monkeypatch.setattr(watching, "SILENT_SECONDS", 0.5)
+    ranks = members("a", "b")
+    with interrupted_once() as interrupted:
+        watch = Watch(cast(Any, MuteStore()), ranks[1], ranks, interrupted=interrupted, keeps=True)
+        with pytest.raises(KeyboardInterrupt), watch:
+            time.sleep(15)
+        watch.look()
+        watch.tell("ended with the others")
+    assert "does not answer: rank 0's machine is gone" in watch.sentence
+    assert watch.speaks
 
 
 def test_a_process_that_hangs_is_ended_with_the_sentence(dead):

@@ -81,10 +81,16 @@ class Watch:
         self._n_beats = 0
         self._over = threading.Event()
         self._left = threading.Event()
+        self._answered = time.monotonic()  # when the store last did
+        self._mute = False  # whether it no longer does
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
+        self._answered = time.monotonic()
         self._thread.start()
+        # A machine that is switched off breaks no connection, and whoever asks its store may wait for a quarter of an
+        # hour: so the thread that asks is not the one that acts.
+        threading.Thread(target=self._look_on, name="look", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,6 +116,8 @@ class Watch:
         if self._over.is_set():
             return
         self._over.set()
+        if self._mute:
+            return
         word = {"rank": self._rank.index, "how": how, "reason": self.reason, "lost": self._lost}
         # Without its store a job ends by itself, one rank after the other.
         with suppress(RuntimeError):
@@ -129,9 +137,9 @@ class Watch:
 
     def look(self) -> bool:
         """Set `reason` if a rank is gone; says whether one is. Ranks that ended well are none of these."""
-        with self._lock:
-            if self.reason is None:
-                self.reason = self._find_reason()
+        if self.reason is None:
+            with self._lock:
+                self.reason = self.reason or self._find_reason()
         return self.reason is not None
 
     def _find_reason(self) -> str | None:
@@ -191,10 +199,15 @@ class Watch:
     def _is_dead(self, other: Rank) -> bool:
         return other.host == self._rank.host and not _is_running(other.pid)
 
+    def _look_on(self) -> None:
+        while not self._over.wait(_EVERY_SECONDS) and not self.look():
+            self._answered = time.monotonic()
+
     def _run(self) -> None:
-        while not self._over.wait(_EVERY_SECONDS):
-            if self.look():
-                break
+        while self.reason is None and not self._over.wait(_EVERY_SECONDS / 5):
+            if time.monotonic() - self._answered > SILENT_SECONDS:
+                self._mute, self._lost = True, 0
+                self.reason = f"the store of the job at {address()} does not answer: rank 0's machine is gone"
         if self.reason is None or self._over.is_set():
             return
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
