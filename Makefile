@@ -136,7 +136,7 @@ test-compat: setup .venv-compat/installed  ## [DICTIONARY_LEARNING=checkout RUNS
 # PEERS='--saelens VENV --sparsify VENV --dictionary-learning CHECKOUT --dictionary-learning-env VENV' (docs/performance.md)
 PEERS ?=
 
-bench: setup  ## [PEERS=]: a training step against others; sweeps; cache to SAEs; loaders; harvest; the cache; evaluation; the demo
+bench: setup  ## [PEERS=]: a training step against others; sweeps; cache to SAEs; loaders; harvest; the cache; evaluation; the model of many GPUs; the demo
 	$(PY) -m benchmarks.size
 	$(PY) -m benchmarks.step --rounds 5 $(PEERS)
 	$(PY) -m benchmarks.sweep
@@ -145,4 +145,5 @@ bench: setup  ## [PEERS=]: a training step against others; sweeps; cache to SAEs
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.cache
 	$(PY) -m benchmarks.evaluate
+	$(PY) -m benchmarks.scale check
 	$(PY) -m benchmarks.demo

@@ -15,6 +15,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -133,7 +134,7 @@ def bare_seconds(reader: Reader, batches: list[torch.Tensor]) -> float:
 
 def harvest_seconds(loaded: LoadedModel, request: Request, batch_windows: int, compile: bool) -> tuple[float, float]:
     """Seconds of a whole harvest into a new folder, and of its part after planning."""
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         out = Path(folder) / "cache"
         start = time.time()
         run.harvest(loaded, request, out, batch_windows=batch_windows, compile=compile)
@@ -151,7 +152,7 @@ def pass_seconds(job: Job, n_shards: int) -> float:
 
 def open_job(loaded: LoadedModel, reader: Reader, request: Request, batch_windows: int, pad: bool) -> Job:
     """What a harvest runs, planned and not written."""
-    with _quiet():
+    with quiet():
         plan, windows = make_plan(loaded, reader, request)
     return Job(
         plan=plan,
@@ -233,7 +234,7 @@ def main(
     shape = (toy_shape if toy else cpu_shape if device == "cpu" else gpu_shape)(len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
-        with _quiet():
+        with quiet():
             save_model(shape, tokenizer, Path(folder) / "model")
             loaded = load_model(str(Path(folder) / "model"), device=device, dtype=shape.dtype)
         options = Options(dataset=str(text), layers=str(shape.layer), tokens=tokens, context=shape.window_tokens)
@@ -257,7 +258,8 @@ def _name(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet() -> Iterator[None]:
+    """Nothing is printed inside."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
