@@ -1,5 +1,11 @@
 """The cache format: what harvest writes and train reads. See docs/cache-format.md."""
 
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # `python -m cache_spec` imports this first; see train/__main__.py
+
 from cache_spec.cache import ActivationCache
 from cache_spec.command import run_command
 from cache_spec.commit import write_shard

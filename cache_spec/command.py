@@ -49,7 +49,7 @@ def run_command(app: Callable[[], Any]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[lines])
     # Interrupted while it is imported, torch would add the statistics of its caches to our one sentence.
     logging.getLogger("torch").setLevel(logging.WARNING)
-    heed(signal.SIGTERM)
+    heed(signal.SIGINT, signal.SIGTERM)
     try:
         app()
     except UserError as error:

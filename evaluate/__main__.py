@@ -1,5 +1,10 @@
 """`python -m evaluate RUNS`: the command line."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python still imports ends it without a traceback
+
 import sys
 from pathlib import Path
 from typing import Annotated

@@ -22,6 +22,9 @@ from child import FULL, after, failing_at, jumping_clock, killed_at
 from promises import Trials, killed, names_of, prepare, refused, stopped, unharmed, until
 from stages import Stage, Wrong, make_stage
 
+import evaluate.bench
+from cache_spec import UserError
+
 DISK_BYTES = 100_000_000
 FAULTS: dict[str, Callable[[Trials, float, int], None]] = {}
 
@@ -139,8 +142,14 @@ def used(disk: Path) -> int:
     return (whole.f_blocks - whole.f_bfree) * whole.f_frsize
 
 
+def unreachable(name: str, **options: object) -> None:
+    """In place of a look for a model on the hub."""
+    raise UserError(f"'{name}' cannot be had")
+
+
 def main(folder: Path, name: str, faults: dict[str, int]) -> None:
     torch.set_num_threads(1)
+    evaluate.bench.load_model = unreachable  # pyright: ignore[reportAttributeAccessIssue]
     stage: Stage = make_stage(name, folder / f"inputs_{name}")
     seconds, n_calls = prepare(stage, folder)
     for wanted, n in faults.items():
