@@ -93,7 +93,7 @@ test: setup  ## all tests, offline, on two cores
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # kill -9, signals, failing and full disks, damage; 1000 kills take half an hour on two cores.
-TRIALS ?= 64
+TRIALS ?= 60
 
 faults: setup  ## [TRIALS=1000]: strike the commands with faults, and print what came of it (docs/reliability.md)
 	GRANARY_FAULT_TRIALS=$(TRIALS) $(PY) -m pytest -n 2 tests/faults

@@ -17,7 +17,7 @@ from evaluate.saebench.names import nested
 from evaluate.statistics import Estimate
 from evaluate.subject import Learned, Subject
 
-REPORT_VERSION = "2.0"
+REPORT_VERSION = "2.1"  # 2.1: the report of an SAE ends with its checksum
 
 
 def measurement(

@@ -2,51 +2,10 @@
 another time, the same command once more. Nothing committed is lost, nothing torn is accepted, and the command then goes
 on to the same bytes."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-PROGRAM = Path(__file__).parent / "program.py"
-STAGES = ("harvest", "train", "evaluate", "export")
-OTHERS = {  # how many of each in CI
-    "SIGINT": 4,
-    "SIGTERM": 4,
-    "EIO": 5,
-    "ENOSPC": 4,
-    "read-only": 4,
-    "clock jumps": 2,
-    "two at once": 2,
-}
-MOUNTED = {"a disk that fills up": 4, "/dev/shm full": 1}  # on a disk of their own; the last, for it stays full
+from strikes import keeps_its_promises
 
 
-def may_mount() -> bool:
-    """Whether this machine lets a user have disks of his own."""
-    if shutil.which("unshare") is None:
-        return False
-    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return subprocess.run(mount, capture_output=True).returncode == 0
-
-
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["harvest", "evaluate"])
 def test_a_stage_keeps_its_promises_whatever_strikes_it(stage, n_kills, tally, tmp_path):
-    """A starting process takes seconds, so a program imports everything once and forks the ones that are struck."""
-    each, alone = n_kills // len(STAGES), may_mount()
-    wanted = {"kill -9 at a random moment": each // 2, "kill -9 at a random system call": each - each // 2}
-    others = OTHERS | ({"the cache is deleted meanwhile": 3} if stage == "train" else {}) | (MOUNTED if alone else {})
-    wanted |= {fault: max(n, each // 10) for fault, n in others.items()}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, PROGRAM, tmp_path, stage, *(f"{fault}={n}" for fault, n in wanted.items())]
-    command = ["unshare", "-rm", *command] if alone else command
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    for one in made:
-        assert sum(one["outcomes"].values()) >= wanted[one["fault"]]
-        tally(one["fault"], stage, one["outcomes"])
-    assert [one["fault"] for one in made] == list(wanted)
+    keeps_its_promises(stage, n_kills, tally, tmp_path)
