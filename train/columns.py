@@ -35,15 +35,9 @@ class RowColumns:
         return self._latest.get(shard, self._read)
 
     def counts(self, shards: Sequence[int]) -> np.ndarray:
-        """[shards] rows to train on in each.
-
-        What the commit record says spares a remote cache's columns, until training comes to them.
-        """
-        if self._cache.files.is_remote and self._cache.plan.has_moments and self._positions == "all":
-            return np.array([self._cache.records[shard]["moment_rows"] for shard in shards])
-        if self._cache.files.is_remote:
-            names = ["flags", *(["mask"] if self._bit else [])]
-            self._cache.files.gather([column_file(name, shard) for shard in shards for name in names])
+        """[shards] rows to train on in each."""
+        names = ["flags", *(["mask"] if self._bit else [])]
+        self._cache.files.gather([column_file(name, shard) for shard in shards for name in names])
         return np.array([len(self.of(shard).usable) for shard in shards])
 
     def _read(self, shard: int) -> ShardRows:

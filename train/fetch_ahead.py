@@ -194,8 +194,7 @@ def fetch_ahead_of(
             f"--cache-bytes {bytes_for_people(room.n_bytes)} is too little: training reads {n_open} shards of "
             f"{bytes_for_people(max(shards))} at a time; give --cache-bytes {needed} or more, or fewer --open-shards"
         )
-    largest = max(bytes_of((*array, shard)) for array in arrays for shard in cache.train_shards)
-    n_bytes = max(needed, room.n_bytes - largest)  # leaves room for what others ask for
+    n_bytes = max(needed, room.n_bytes // 2)  # others share the folder
     return FetchAhead(room, reader, bytes_of, prepare_rows, n_files=n_files, n_bytes=n_bytes, horizon=horizon)
 
 
