@@ -64,11 +64,11 @@ def _run(options: Options, given: Set[str], team: Team) -> None:
     refuse_spread(runs, loader, team.spread)
     memory = memory or team.part_of(free_memory(loader.device))
     if team.is_first:
+        shares = shares_of(runs, loader, options.kernel, team)
         if options.json:
-            print(json.dumps(plan_facts(loader, runs, n_threads, memory, team.spread)))
+            print(json.dumps(plan_facts(loader, shares, n_threads, memory, options.kernel, team.spread)))
             return
         print_preset(options.preset, preset)
-        shares = shares_of(runs, loader, options.kernel, team)
         print_plan(loader, shares, n_threads, memory, options.kernel, team.spread)
     if options.dry_run:
         return

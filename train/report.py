@@ -59,13 +59,13 @@ def print_plan(
     moved = "" if scale.displacement is None else f"; a masked row moves by {scale.displacement:.1%} of that, in square"
     print(f"scale     rows are {scale.norm_factor:.4g} long (root mean square){moved}")
     _print_schedule(runs[0], loader.n_steps)
-    needs = [needed_bytes(share, loader, n_threads, kernel, spread) for share in shares]
-    largest = shares[needs.index(max(needs))]
-    passes = split(largest, loader, n_threads, free, kernel, spread)
-    print(f"memory    {passes_sentence(passes, max(needs), free)} (on {loader.device})")
+    needed, passes = _of_the_fullest(loader, shares, n_threads, free, kernel, spread)
+    print(f"memory    {passes_sentence(passes, needed, free)} (on {loader.device})")
     if len(shares) > 1:
-        sizes = ", ".join(str(len(share)) for share in shares)
-        print(f"ranks     {len(shares)}, which train {sizes} SAEs; the memory is that of the fullest")
+        *most, last = (str(len(share)) for share in shares)
+        print(
+            f"ranks     {len(shares)}, which train {', '.join(most)} and {last} SAEs; the memory is that of the fullest"
+        )
     if spread.size > 1:
         print(f"spread    each SAE's {spread}; the memory is that of one")
     print(f"runs      {len(runs)}")
@@ -77,11 +77,16 @@ def print_plan(
 
 
 def plan_facts(
-    loader: MixedBatchLoader, runs: Sequence[RunConfig], n_threads: int, free: int | None, spread: Spread = ALONE
+    loader: MixedBatchLoader,
+    shares: Sequence[Sequence[RunConfig]],
+    n_threads: int,
+    free: int | None,
+    kernel: str,
+    spread: Spread = ALONE,
 ) -> dict[str, Any]:
     """The same for programs: what `--dry-run --json` prints. docs/shell.md has the keys. Raises as print_plan does."""
-    data = loader.data
-    passes = split(runs, loader, n_threads, free, spread=spread)
+    data, runs = loader.data, [run for share in shares for run in share]
+    needed, passes = _of_the_fullest(loader, shares, n_threads, free, kernel, spread)
     return {
         "cache": loader.cache.place,
         "hook": data.hook,
@@ -92,7 +97,7 @@ def plan_facts(
         "batch_size": data.batch_size,
         "steps": loader.n_steps,
         "epochs": loader.n_steps * data.batch_size / loader.n_rows,
-        "memory": {"needed": needed_bytes(runs, loader, n_threads, spread=spread), "free": free, "passes": len(passes)},
+        "memory": {"needed": needed, "free": free, "passes": len(passes)},
         "device": str(loader.device),
         "runs": [
             {
@@ -103,6 +108,20 @@ def plan_facts(
             for run in runs
         ],
     }
+
+
+def _of_the_fullest(
+    loader: MixedBatchLoader,
+    shares: Sequence[Sequence[RunConfig]],
+    n_threads: int,
+    free: int | None,
+    kernel: str,
+    spread: Spread,
+) -> tuple[int, list[list[RunConfig]]]:
+    """The bytes and the passes of the rank that needs most. Raises UserError if one run does not fit."""
+    needs = [needed_bytes(share, loader, n_threads, kernel, spread) for share in shares]
+    largest = shares[needs.index(max(needs))]
+    return max(needs), split(largest, loader, n_threads, free, kernel, spread)
 
 
 def _print_schedule(run: RunConfig, n_steps: int) -> None:
