@@ -18,6 +18,7 @@ from cache_spec.errors import (
     CacheNotFound,
     CacheTooNew,
     DiskFull,
+    StoreError,
     UserError,
 )
 from cache_spec.hook_point import HookPoint
@@ -59,6 +60,7 @@ __all__ = [
     "Plan",
     "Problem",
     "Progress",
+    "StoreError",
     "UserError",
     "VariantPlan",
     "cache_bytes",

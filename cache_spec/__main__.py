@@ -13,6 +13,7 @@ from cache_spec.info import bytes_for_people, describe, summary
 from cache_spec.progress import Progress
 from cache_spec.pull import plan_pull, pull_cache
 from cache_spec.push import bytes_to_push, plan_push, push_cache
+from cache_spec.store_path import place_of
 from cache_spec.transcode import bytes_to_read
 from cache_spec.transcode import transcode as transcode_cache
 from cache_spec.untrusted import printable
@@ -25,6 +26,9 @@ app = typer.Typer(
     help="Look at an activation cache. docs/cache-format.md says what its files are.",
 )
 CacheFolder = Annotated[Path, typer.Argument(metavar="CACHE", help="The cache's folder: what harvest got as --out.")]
+CachePlace = Annotated[
+    str, typer.Argument(metavar="CACHE", help="The cache's folder or URL: what harvest got as --out.")
+]
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else; docs/shell.md has its keys.")
@@ -49,19 +53,20 @@ def info(cache: CacheFolder, as_json: Json = False) -> None:
         "python -m cache_spec verify caches/tiny.zarr --json > verified.json",
     )
 )
-def verify(cache: CacheFolder, as_json: Json = False) -> None:
+def verify(cache: CachePlace, as_json: Json = False) -> None:
     """Read every byte of a cache and compare it with its checksum. Exit code 0 only if all is there and whole."""
-    n_bytes = bytes_to_check(cache)
-    with Progress(f"verify {cache.name}", n_bytes, "bytes") as progress:
-        problems = verify_cache(cache, advance=progress.advance)
+    place = place_of(cache)
+    n_bytes = bytes_to_check(place)
+    with Progress(f"verify {place.name}", n_bytes, "bytes") as progress:
+        problems = verify_cache(place, advance=progress.advance)
     if as_json:
-        print(json.dumps(verdict(cache, n_bytes, problems)))
-        raise_if_not_whole(cache, problems)
+        print(json.dumps(verdict(place, n_bytes, problems)))
+        raise_if_not_whole(place, problems)
         return
     for problem in problems:
         print(f"{problem.kind}: {problem.file} {problem.what}")
-    raise_if_not_whole(cache, problems)
-    print(printable(f"{cache} is whole: {bytes_for_people(n_bytes)}, every checksum matches"))
+    raise_if_not_whole(place, problems)
+    print(printable(f"{place} is whole: {bytes_for_people(n_bytes)}, every checksum matches"))
 
 
 @app.command(

@@ -41,18 +41,23 @@ def create_in_store(root: StorePath, plan: Plan, folder: Path) -> None:
     if there is something else at the URL.
     """
     store = root.store
-    if store.size(PLAN) is None:
+    is_new = store.size(PLAN) is None
+    if is_new:
         refuse_foreign_objects(root)
-        # The root comes first: it decides which plan this is, and no file of another may be put over one of this.
-        store.create(ROOT, readable_json(root_document(opening_attributes(plan), None)))
-        refuse_other_root(root, plan)
-        documents = {f"{name}/{ROOT}": document for name, document in zarr_documents(plan).items()}
-        _each(lambda key: store.put(key, readable_json(documents[key])), documents)
+    else:
+        refuse_other_plan(root, plan)
+    # The root comes first: it decides which plan this is, and no file of another may be put over one of this.
+    store.create(ROOT, readable_json(root_document(opening_attributes(plan), None)))
+    refuse_other_root(root, plan)
+    # Of a cache that is there, what somebody has deleted, for it was damaged.
+    documents = {f"{name}/{ROOT}": document for name, document in zarr_documents(plan).items()}
+    _each(lambda key: store.create(key, readable_json(documents[key])), documents)
+    if is_new:
         for file in planner_files(plan):
             store.put_file(file, folder / file)
         # The plan comes last: a cache that has one is ready.
         store.create(PLAN, readable_json(plan.to_json()))
-    refuse_other_plan(root, plan)
+        refuse_other_plan(root, plan)
 
 
 def refuse_foreign_objects(root: StorePath) -> None:

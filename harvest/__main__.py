@@ -54,6 +54,7 @@ def harvest(
     scale_factor: options.ScaleFactor = "0",
     shard: options.Shard = "",
     claim_timeout: options.ClaimTimeout = TIMEOUT,
+    scratch: options.Scratch = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -83,6 +84,7 @@ def harvest(
         loaded,
         request,
         out,
+        scratch=scratch,
         share=share,
         batch_windows=batch_windows,
         compile=compile,

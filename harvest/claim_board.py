@@ -15,7 +15,7 @@ from typing import Protocol
 
 from cache_spec.files import naming, open_locked
 
-_HEAD_BYTES = 1024  # what is read of a claim: its first line; all that follows is counted
+HEAD_BYTES = 1024  # what is read of a claim: its first line; all that follows is counted
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 CLAIM_NAME = re.compile(r"[0-9]{6,12}\.[0-9]{1,9}")
 
@@ -83,7 +83,7 @@ class FolderBoard:
     def read(self, name: str) -> Note | None:
         try:
             with open(self._folder / name, "rb") as file:
-                return Note(head=file.read(_HEAD_BYTES), n_bytes=os.fstat(file.fileno()).st_size)
+                return Note(head=file.read(HEAD_BYTES), n_bytes=os.fstat(file.fileno()).st_size)
         except FileNotFoundError:
             return None
 

@@ -11,6 +11,7 @@ from typing import Any
 from cache_spec.errors import DiskFull, UserError
 from cache_spec.layout import PLAN, cache_bytes, shard_files
 from cache_spec.plan import HookPlan, Plan, VariantPlan
+from cache_spec.store_path import Place, StorePath
 from harvest.share import Share
 
 _WINDOW_BYTES = 2 * 4  # a token's id and its document, 4 bytes each, in the planner's two files and in its memory
@@ -19,41 +20,56 @@ _SHARDS_IN_FLIGHT = 2  # one is made while the one before it is written
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is left to do. Bytes are those of all processes, who share the disk; the rest is this process' own."""
+    """What is left to do. Bytes are those of all processes, who share the disk; the rest is this process' own.
+
+    Where the cache goes to a store, the disk is that of the scratch folder.
+    """
 
     n_missing: int  # shards, of all processes
     n_own: int  # of these, the shards of this process
     n_rows: int  # in them, of each variant
     bytes_needed: int
+    bytes_on_disk: int  # of these, what the disk has to hold at once: for a store, a shard and the windows
     bytes_free: int
     bytes_memory: int  # what this process will hold: shards in flight, and the windows while they are cut
     tokens_per_s: float | None  # the model's measured speed, all variants counted; None: not measured
     seconds: float | None
 
 
-def forecast(plan: Plan, out: Path, missing: Sequence[int], share: Share, tokens_per_s: float | None) -> Forecast:
+def forecast(
+    plan: Plan,
+    out: Place,
+    missing: Sequence[int],
+    share: Share,
+    tokens_per_s: float | None,
+    *,
+    scratch: Path | None = None,
+) -> Forecast:
     """What making the shards `missing` takes: the bytes of all of them, the rows and seconds of those in `share`.
+    If `out` is in a store, they are built in `scratch`.
 
     The time is that of the model alone; benchmarks.harvest measures how little the rest adds.
     """
     own = [shard for shard in missing if share.owns(shard)]
     n_rows = sum(plan.rows_in(shard) for shard in own)
-    planned = (out / PLAN).exists()
-    windows = 0 if planned else _WINDOW_BYTES * plan.window_tokens * (plan.n_train_windows + plan.n_held_out_windows)
+    all_windows = _WINDOW_BYTES * plan.window_tokens * (plan.n_train_windows + plan.n_held_out_windows)
+    windows = 0 if (out / PLAN).is_file() else all_windows
+    needed = _bytes_of(plan, missing) + windows
     row_bytes = 2 * len(plan.variants) * sum(hook.d_model for hook in plan.hooks)
     return Forecast(
         n_missing=len(missing),
         n_own=len(own),
         n_rows=n_rows,
-        bytes_needed=_bytes_of(plan, missing) + windows,
-        bytes_free=_bytes_free(out),
+        bytes_needed=needed,
+        bytes_on_disk=_bytes_of(plan, own[:1]) + (all_windows if own else 0) if scratch else needed,
+        bytes_free=_bytes_free(scratch or Path(str(out))),
         bytes_memory=_SHARDS_IN_FLIGHT * min(plan.shard_rows, plan.n_rows) * row_bytes + windows,
         tokens_per_s=tokens_per_s,
         seconds=n_rows * len(plan.variants) / tokens_per_s if tokens_per_s else None,
     )
 
 
-def print_forecast(plan: Plan, out: Path, ahead: Forecast, share: Share, device: object) -> None:
+def print_forecast(plan: Plan, out: Place, ahead: Forecast, share: Share, device: object) -> None:
     """Print the plan and what is left to do of it; `device` is where the speed was measured."""
     n_held_out = plan.n_rows - plan.n_train_rows
     lines = [
@@ -70,7 +86,7 @@ def print_forecast(plan: Plan, out: Path, ahead: Forecast, share: Share, device:
     print("\n".join(f"{name:<10}{text}" for name, text in lines), flush=True)
 
 
-def forecast_facts(plan: Plan, out: Path, ahead: Forecast, share: Share, device: object) -> dict[str, Any]:
+def forecast_facts(plan: Plan, out: Place, ahead: Forecast, share: Share, device: object) -> dict[str, Any]:
     """The same for programs: what `--dry-run --json` prints. docs/shell.md has the keys."""
     return {
         "out": str(out),
@@ -80,7 +96,12 @@ def forecast_facts(plan: Plan, out: Path, ahead: Forecast, share: Share, device:
         "variants": [asdict(variant) for variant in plan.variants],
         "rows": {"train": plan.n_train_rows, "held_out": plan.n_rows - plan.n_train_rows},
         "shards": {"planned": plan.n_shards, "missing": ahead.n_missing, "own": ahead.n_own, "rows": plan.shard_rows},
-        "bytes": {"needed": ahead.bytes_needed, "free": ahead.bytes_free, "whole": cache_bytes(plan)},
+        "bytes": {
+            "needed": ahead.bytes_needed,
+            "on_disk": ahead.bytes_on_disk,
+            "free": ahead.bytes_free,
+            "whole": cache_bytes(plan),
+        },
         "memory": ahead.bytes_memory,
         "share": f"{share.index}/{share.count}",
         "device": str(device),
@@ -89,10 +110,16 @@ def forecast_facts(plan: Plan, out: Path, ahead: Forecast, share: Share, device:
     }
 
 
-def refuse_if_full(out: Path, ahead: Forecast) -> None:
+def refuse_if_full(out: Place, ahead: Forecast) -> None:
     """Raises DiskFull if the missing shards will not fit on the disk, UserError if two shards and the windows are
     more than all the memory of the machine."""
-    if (lacking := ahead.bytes_needed - ahead.bytes_free) > 0:
+    lacking = ahead.bytes_on_disk - ahead.bytes_free
+    if lacking > 0 and isinstance(out, StorePath):
+        raise DiskFull(
+            f"{out} needs {size(ahead.bytes_on_disk)} on this disk while a shard is built and {size(ahead.bytes_free)} "
+            "are free; make room, or give a folder on another disk with --scratch"
+        )
+    if lacking > 0:
         raise DiskFull(
             f"{out} needs {size(ahead.bytes_needed)} more and the disk has {size(ahead.bytes_free)} free, so "
             f"{size(lacking)} are missing; make room, choose an --out on another disk, or ask for fewer --tokens, "
@@ -176,8 +203,11 @@ def _shards(plan: Plan, ahead: Forecast, share: Share) -> str:
 
 
 def _disk(plan: Plan, ahead: Forecast) -> str:
-    lacking = ahead.bytes_needed - ahead.bytes_free
+    lacking = ahead.bytes_on_disk - ahead.bytes_free
     free = f"{size(ahead.bytes_free)} free" + (f" ({size(lacking)} are missing)" if lacking > 0 else "")
+    if ahead.bytes_on_disk != ahead.bytes_needed:
+        put = f"{size(ahead.bytes_needed)} to put into the store, {size(cache_bytes(plan))} when whole"
+        return f"{put}; {size(ahead.bytes_on_disk)} needed here, {free}"
     return f"{size(ahead.bytes_needed)} needed, {free}, {size(cache_bytes(plan))} when whole"
 
 

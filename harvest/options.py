@@ -22,7 +22,13 @@ Model = Annotated[
         "hub id (owner/name[@revision]) or local folder of any causal language model that transformers knows."
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the cache: new, empty, or an unfinished cache to go on with.")]
+Out = Annotated[
+    str,
+    typer.Option(
+        help="Folder of the cache: new, empty, or an unfinished cache to go on with. Or the URL of one in an object "
+        "store (s3://bucket/key, gs://, az://, file://); docs/stores.md."
+    ),
+]
 Dataset = Annotated[
     str,
     typer.Option(
@@ -108,6 +114,12 @@ ClaimTimeout = Annotated[
     typer.Option(
         help="Seconds after which a process on another machine that shows no sign of life is held for dead, and its "
         "shards are made by others. On the same machine that is known at once."
+    ),
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(
+        help="With a URL as --out: folder in which a shard is built before it is put. Default: a temporary one."
     ),
 ]
 DryRun = Annotated[

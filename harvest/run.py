@@ -1,26 +1,21 @@
 """The harvest: plan or resume, then make this process' missing shards, then close the cache if it is whole."""
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cache_spec.commit import write_shard
-from cache_spec.create import create_cache, finalize_cache
 from cache_spec.errors import CacheConflict, UserError
-from cache_spec.files import exclusive
-from cache_spec.layout import CLAIMS, INTERNAL, LOCK, PLAN, ROOT, archive_level, record_file
+from cache_spec.layout import PLAN, ROOT, archive_level, record_file
 from cache_spec.plan import Plan
 from cache_spec.progress import Progress
-from cache_spec.state import committed_shards, is_ours, read_plan, read_root, recorded_shards
-from harvest.claim_board import FolderBoard
+from cache_spec.state import committed_shards, read_plan, read_root, recorded_shards
+from cache_spec.store_path import Place
 from harvest.claims import TIMEOUT, Claims
 from harvest.forecast import Forecast, forecast, forecast_facts, print_forecast, refuse_if_full, size
 from harvest.model import LoadedModel
@@ -33,6 +28,7 @@ from harvest.request import Request
 from harvest.shard import prepare_shard
 from harvest.share import Share
 from harvest.stopping import Stop, catch_stops
+from harvest.target import Target, open_target
 from harvest.text import check_dataset
 from harvest.turns import Turns
 from harvest.windows import Windows, open_windows, save_windows
@@ -45,8 +41,9 @@ _DRY_RUN = "dry run: the text was not read, and nothing was written"
 def harvest(
     loaded: LoadedModel,
     request: Request,
-    out: Path,
+    out: str | Path,
     *,
+    scratch: Path | None = None,
     share: Share = Share(),
     batch_windows: int = 0,
     compile: bool = False,
@@ -57,6 +54,9 @@ def harvest(
     """Write this process' share of the cache at `out`, or go on with it; with `dry_run` say what it takes, no more.
     Shards that others leave undone are made too, an owner being dead that does nothing for `claim_timeout` seconds.
 
+    `out` is a folder or the URL of an object store; for the latter, shards are built in `scratch`, by default a folder
+    among the system's temporary ones.
+
     `batch_windows` is how many windows run at once, each in all variants; 0 chooses. Ctrl-C finishes the shard in
     progress, a second one stops at once; both raise KeyboardInterrupt with how to go on.
 
@@ -65,22 +65,39 @@ def harvest(
     """
     if batch_windows < 0:
         raise UserError(f"--batch-windows is {batch_windows}; give a number of windows, or 0 to have one chosen")
-    plan = _planned_before(loaded, request, out) or outline(loaded, request)
+    with open_target(out, scratch) as target:
+        _harvest(loaded, request, target, share, claim_timeout, batch_windows, compile, dry_run, as_json)
+
+
+def _harvest(
+    loaded: LoadedModel,
+    request: Request,
+    target: Target,
+    share: Share,
+    claim_timeout: float,
+    batch_windows: int,
+    compile: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    out = target.place
+    plan = _planned_before(loaded, request, target) or outline(loaded, request)
     if loaded.device.type == "meta":
         assert dry_run, "a model without weights can only be planned for"
-        _say_dry(plan, out, forecast(plan, out, _missing(plan, out), share, None), share, loaded.device, as_json)
+        ahead = forecast(plan, out, _missing(plan, out), share, None, scratch=target.scratch)
+        _say_dry(plan, out, ahead, share, loaded.device, as_json)
         return
     with catch_stops() as stop, open_reader(loaded, request.hook_points, compile=compile) as reader:
         batch_windows = choose_batch_windows(plan, reader.device, batch_windows)
         missing = _missing(plan, out)
         speed = model_speed(reader, plan, batch_windows) if any(map(share.owns, missing)) else None
-        ahead = forecast(plan, out, missing, share, speed)
+        ahead = forecast(plan, out, missing, share, speed, scratch=target.scratch)
         if dry_run:
             _say_dry(plan, out, ahead, share, reader.device, as_json)
             return
         print_forecast(plan, out, ahead, share, reader.device)
         refuse_if_full(out, ahead)
-        plan, windows = _planned(loaded, reader, request, out)
+        plan, windows = _planned(loaded, reader, request, target)
         job = Job(
             plan=plan,
             windows=windows,
@@ -89,13 +106,13 @@ def harvest(
             batch_windows=batch_windows,
             pad=compile or reader.device.type == "cuda",
         )
-        with Claims(FolderBoard(out / CLAIMS), share, claim_timeout) as claims:
-            there, is_there = recorded_shards(out), lambda shard: (out / record_file(shard)).exists()
-            _write_shards(job, out, Turns(plan, share, claims, there, is_there), claims, stop)
-    _close(plan, out)
+        with Claims(target.board(), share, claim_timeout) as claims:
+            there, is_there = recorded_shards(out), lambda shard: (out / record_file(shard)).is_file()
+            _write_shards(job, target, Turns(plan, share, claims, there, is_there), claims, stop)
+    _close(plan, target)
 
 
-def _say_dry(plan: Plan, out: Path, ahead: Forecast, share: Share, device: torch.device, as_json: bool) -> None:
+def _say_dry(plan: Plan, out: Place, ahead: Forecast, share: Share, device: torch.device, as_json: bool) -> None:
     if as_json:
         print(json.dumps(forecast_facts(plan, out, ahead, share, device)))
         return
@@ -103,10 +120,11 @@ def _say_dry(plan: Plan, out: Path, ahead: Forecast, share: Share, device: torch
     print(_DRY_RUN)
 
 
-def _planned_before(loaded: LoadedModel, request: Request, out: Path) -> Plan | None:
+def _planned_before(loaded: LoadedModel, request: Request, target: Target) -> Plan | None:
     """The plan of an earlier run of the same command, or of another process, if there is one."""
-    if not (out / PLAN).exists():
-        _refuse_foreign(out)
+    out = target.place
+    if not (out / PLAN).is_file():
+        target.refuse_foreign()
         check_dataset(request.dataset)
         return None
     plan = read_plan(out)
@@ -123,77 +141,25 @@ def _planned_before(loaded: LoadedModel, request: Request, out: Path) -> Plan | 
     return plan
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Before the text is read, which can take minutes; `create_cache` looks more closely later."""
-    if out.is_symlink() and not out.exists():
-        raise CacheConflict(
-            f"{out} is a link to {out.readlink()}, which is not there; make that folder or mend the link"
-        )
-    if out.exists() and not out.is_dir():
-        raise CacheConflict(f"{out} is a file; give a folder that is new or empty with --out")
-    if (above := next((folder for folder in out.parents if folder.exists()), None)) and not above.is_dir():
-        raise CacheConflict(f"{above} is a file, so there can be no {out}; give another folder with --out")
-    if not out.exists() or is_ours(out):
-        return
-    if foreign := sorted(entry.name for entry in out.iterdir() if entry.name != INTERNAL):
-        raise CacheConflict(
-            f"{out} is no activation cache and is not empty (it holds '{foreign[0]}'); give a new or empty folder"
-        )
-
-
-def _missing(plan: Plan, out: Path) -> list[int]:
+def _missing(plan: Plan, out: Place) -> list[int]:
     """The shards of all processes that are not committed."""
-    done = committed_shards(out, plan) if (out / PLAN).exists() else ()
+    done = committed_shards(out, plan) if (out / PLAN).is_file() else ()
     return [shard for shard in range(plan.n_shards) if shard not in done]
 
 
-def _planned(loaded: LoadedModel, reader: Reader, request: Request, out: Path) -> tuple[Plan, Windows]:
+def _planned(loaded: LoadedModel, reader: Reader, request: Request, target: Target) -> tuple[Plan, Windows]:
     """The plan and its windows, made now unless they are there. Of several processes one plans and the others wait."""
-    if not (out / PLAN).exists():
-        with _alone(out):
+    if not (target.place / PLAN).is_file():
+        with target.planning():
             # Another process may have planned by now; a plan appears only after the windows it needs.
-            if _planned_before(loaded, request, out) is None:
+            if _planned_before(loaded, request, target) is None:
                 plan, windows = make_plan(loaded, reader, request)
-                save_windows(out, windows)
-                create_cache(out, plan)
-    plan = _planned_before(loaded, request, out)
+                save_windows(target.folder, windows)
+                target.create(plan)
+    plan = _planned_before(loaded, request, target)
     assert plan is not None, "the plan vanished"
-    create_cache(out, plan)  # a resume: clears what killed processes left
-    return plan, open_windows(out, plan)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """While inside, no other process plans this cache. Planning that fails leaves no new folder behind."""
-    new = [folder for folder in (out / INTERNAL, out, *out.parents) if not folder.exists()]
-    lock = out / LOCK
-    _say_if_locked(lock)
-    with ExitStack() as undo, exclusive(lock):
-        undo.callback(_remove_unused, lock, new)
-        yield
-        undo.pop_all()
-
-
-def _say_if_locked(lock: Path) -> None:
-    if not lock.exists():
-        return
-    fd = os.open(lock, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("another process is planning this cache; waiting for it", flush=True)
-    finally:
-        os.close(fd)
-
-
-def _remove_unused(lock: Path, new: Sequence[Path]) -> None:
-    """Remove the lock and the folders made for it, if they hold nothing else."""
-    if new and [path.name for path in lock.parent.iterdir()] == [lock.name]:
-        lock.unlink()
-        for folder in new:
-            if any(folder.iterdir()):
-                break
-            folder.rmdir()
+    target.prepare(plan)
+    return plan, open_windows(target.folder, plan)
 
 
 def choose_batch_windows(plan: Plan, device: torch.device, most: int = 0) -> int:
@@ -210,9 +176,9 @@ def choose_batch_windows(plan: Plan, device: torch.device, most: int = 0) -> int
     return -(-n_windows // n_batches)
 
 
-def _write_shards(job: Job, out: Path, turns: Turns, claims: Claims, stop: Stop) -> None:
+def _write_shards(job: Job, target: Target, turns: Turns, claims: Claims, stop: Stop) -> None:
     """Make and commit the shards. Raises KeyboardInterrupt, with how to go on, if someone asked to stop."""
-    plan, start = job.plan, time.monotonic()
+    plan, out, start = job.plan, target.place, time.monotonic()
     n_tokens, n_whole, n_variants = 0, turns.n_rows_ahead() * len(plan.variants), len(plan.variants)
     n_threads, said = writer_threads(job.reader.device, os.environ), False
 
@@ -227,7 +193,7 @@ def _write_shards(job: Job, out: Path, turns: Turns, claims: Claims, stop: Stop)
             yield shard
 
     def write(shard: int, arrays: dict[tuple[str, str], np.ndarray], columns: dict[str, np.ndarray]) -> None:
-        write_shard(out, plan, shard, arrays, columns, n_threads=n_threads)
+        target.write(plan, shard, arrays, columns, n_threads)
         claims.give_back(shard)
 
     def advance(n: int) -> None:
@@ -272,14 +238,12 @@ def _note(device: torch.device, seconds_left: float) -> str:
     return f"GPU memory {size(used)} of {size(whole)}, {note}"
 
 
-def _close(plan: Plan, out: Path) -> None:
+def _close(plan: Plan, target: Target) -> None:
     """Close the cache if all shards are there; else whoever commits the last one will."""
+    out = target.place
     n_there = len(committed_shards(out, plan))
     if n_there < plan.n_shards:
         print(f"{n_there} of {plan.n_shards} shards are in {out}; the other processes make the rest")
         return
-    board = FolderBoard(out / CLAIMS)
-    board.clear()  # nobody reads them now
-    finalize_cache(out)
-    board.clear()  # the folder, which may have held half of a claim
+    target.close(plan)
     print(f"complete: {plan.n_rows:,} rows in {plan.n_shards} shards at {out}")

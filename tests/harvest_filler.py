@@ -13,7 +13,7 @@ from harvest_fixtures import request_for
 from pipeline_fixtures import files_of
 
 from cache_spec import ActivationCache, DiskFull
-from harvest import run
+from harvest import run, target
 from harvest.model import load_model
 
 DISK_BYTES = 1_500_000
@@ -25,7 +25,7 @@ def main(folder: Path, model: str, text: Path) -> None:
     run.harvest(loaded, request, folder / "whole")
     wanted = files_of(folder / "whole")
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
-    out, other, real = folder / "cache", folder / "other", run.write_shard
+    out, other, real = folder / "cache", folder / "other", target.write_shard
 
     def write(path, plan, shard, *arrays, **how):
         if shard == 2:  # somebody else takes the disk: what is left holds part of a shard
@@ -33,7 +33,7 @@ def main(folder: Path, model: str, text: Path) -> None:
             other.write_bytes(bytes(free - 50_000))
         return real(path, plan, shard, *arrays, **how)
 
-    run.write_shard = write
+    target.write_shard = write
     try:
         run.harvest(loaded, request, out)
     except DiskFull as error:
@@ -41,7 +41,7 @@ def main(folder: Path, model: str, text: Path) -> None:
     n_there = len(ActivationCache.open(out, allow_partial=True).shards)
     print(f"{n_there} shards, {len(list(out.rglob('*.partial')))} half-written files")
     other.unlink()
-    run.write_shard = real
+    target.write_shard = real
     run.harvest(loaded, request, out)
     print("the same bytes" if files_of(out) == wanted else "other bytes")
 

@@ -21,7 +21,7 @@ from pipeline_fixtures import files_of
 
 from cache_spec import CacheError, verify_cache
 from cache_spec.layout import CLAIMS, RECORDS
-from harvest import claims, run
+from harvest import claims, run, target
 from harvest.model import LoadedModel, load_model
 from harvest.request import Request
 from harvest.share import CLAIM, Share, read_share
@@ -41,7 +41,7 @@ class Crew:
         child = os.fork()
         if child:
             return child
-        real = run.write_shard
+        real = target.write_shard
 
         def write(path: Path, plan, shard: int, *arrays, **how) -> dict:
             time.sleep(slow)
@@ -50,7 +50,7 @@ class Crew:
                 log.write(f"{os.getpid()} {shard}\n")
             return record
 
-        run.write_shard = write  # pyright: ignore[reportAttributeAccessIssue]
+        target.write_shard = write  # pyright: ignore[reportAttributeAccessIssue]
         if self.machines:  # then only beats tell whether it lives
             name = f"machine {os.getpid()}"
             claims.this_machine = lambda: name

@@ -218,6 +218,10 @@ def test_a_half_created_cache_is_gone_on_with_or_refused(folder_root, tmp_path):
         create_in_store(folder_root, make_plan(), tmp_path)
     create_in_store(folder_root, TINY, tmp_path)
     assert read_plan(folder_root) == TINY
+    for document in (ROOT, f"layer_1/{ROOT}"):  # somebody deleted them, for they were damaged
+        folder_root.store.delete(document)
+    create_in_store(folder_root, TINY, tmp_path)
+    assert {p.kind for p in verify_cache(folder_root)} == {"unfinished"}
 
 
 def test_a_killed_writers_shard_is_finished_without_its_bytes(folder_root, tmp_path, monkeypatch):

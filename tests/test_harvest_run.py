@@ -14,7 +14,7 @@ from pipeline_fixtures import files_of
 from cache_spec import ActivationCache, CacheConflict, HookPoint, UserError, column_types, verify_cache
 from cache_spec.files import exclusive
 from cache_spec.layout import INTERNAL, LOCK, PLAN
-from harvest import run
+from harvest import run, target
 from harvest.masking import draw_mask
 from harvest.model import activations, load_model
 from harvest.shard import row_order, windows_of
@@ -155,7 +155,7 @@ def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, 
     loaded, whole, out = models["gemma2"], tmp_path / "whole", tmp_path / "cut"
     request = request_for(loaded, text)
     run.harvest(loaded, request, whole)
-    real, made = run.write_shard, []
+    real, made = target.write_shard, []
 
     def stopping(path, plan, shard, *arrays, **how):
         if len(made) == 2:
@@ -163,12 +163,12 @@ def test_the_same_command_makes_only_the_missing_shards(models, text, tmp_path, 
         made.append(shard)
         return real(path, plan, shard, *arrays, **how)
 
-    monkeypatch.setattr(run, "write_shard", stopping)
+    monkeypatch.setattr(target, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt) as caught:
         run.harvest(loaded, request, out)
     assert str(caught.value) == f"2 of 6 shards are in {out}; the same command goes on from shard 2"
     assert not list(out.rglob("*.partial"))
-    monkeypatch.setattr(run, "write_shard", lambda *facts, **how: made.append(facts[2]) or real(*facts, **how))
+    monkeypatch.setattr(target, "write_shard", lambda *facts, **how: made.append(facts[2]) or real(*facts, **how))
     monkeypatch.setattr(run, "make_plan", None)  # the text is not read again
     run.harvest(loaded, request, out)
     assert made == [0, 1, 2, 3, 4, 5]
@@ -306,7 +306,7 @@ def test_a_shard_that_another_process_has_made_in_the_meantime_is_not_made_again
     loaded, out, whole = models["gpt_neox"], tmp_path / "cache", tmp_path / "whole"
     request = request_for(loaded, text)
     run.harvest(loaded, request, whole)
-    real, made = run.write_shard, []
+    real, made = target.write_shard, []
 
     def write(path, plan, shard, *arrays, **how):
         made.append(shard)
@@ -314,7 +314,7 @@ def test_a_shard_that_another_process_has_made_in_the_meantime_is_not_made_again
             real(path, plan, 4, *make_rows(whole, 4))
         return real(path, plan, shard, *arrays, **how)
 
-    monkeypatch.setattr(run, "write_shard", write)
+    monkeypatch.setattr(target, "write_shard", write)
     run.harvest(loaded, request, out)
     assert made == [0, 1, 2, 3, 5]
     assert files_of(out) == files_of(whole)

@@ -14,7 +14,7 @@ from pipeline_fixtures import files_of
 
 from cache_spec import ActivationCache
 from cache_spec.layout import PLAN
-from harvest import run
+from harvest import run, target
 from harvest.model import load_model
 from harvest.stopping import catch_stops
 
@@ -101,7 +101,7 @@ def test_outside_the_main_thread_nothing_is_caught():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_once_finishes_the_shard_and_says_how_to_go_on(number, loaded, text, tmp_path, monkeypatch, whole):
-    out, real = tmp_path / "cache", run.write_shard
+    out, real = tmp_path / "cache", target.write_shard
 
     def interrupted(path, plan, shard, *arrays, **how):
         if shard == 1:
@@ -110,7 +110,7 @@ def test_once_finishes_the_shard_and_says_how_to_go_on(number, loaded, text, tmp
         return real(path, plan, shard, *arrays, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_shard", interrupted)
+        patch.setattr(target, "write_shard", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             run.harvest(loaded, request_for(loaded, text), out)
     shards = ActivationCache.open(out, allow_partial=True).shards
@@ -124,16 +124,16 @@ def test_once_finishes_the_shard_and_says_how_to_go_on(number, loaded, text, tmp
 
 
 def test_once_in_the_last_shard_finishes_the_cache(loaded, text, tmp_path, monkeypatch, whole):
-    out, real = tmp_path / "cache", run.write_shard
+    out, real = tmp_path / "cache", target.write_shard
     monkeypatch.setattr(
-        run, "write_shard", lambda *facts, **how: (facts[2] == 5 and send(signal.SIGINT), real(*facts, **how))[1]
+        target, "write_shard", lambda *facts, **how: (facts[2] == 5 and send(signal.SIGINT), real(*facts, **how))[1]
     )
     run.harvest(loaded, request_for(loaded, text), out)
     assert files_of(out) == whole
 
 
 def test_twice_stops_at_once_though_a_shard_is_being_written(loaded, text, tmp_path, monkeypatch, whole):
-    out, real, free, done = tmp_path / "cache", run.write_shard, threading.Event(), threading.Event()
+    out, real, free, done = tmp_path / "cache", target.write_shard, threading.Event(), threading.Event()
 
     def stuck(path, plan, shard, *arrays, **how):
         if shard == 1:
@@ -147,7 +147,7 @@ def test_twice_stops_at_once_though_a_shard_is_being_written(loaded, text, tmp_p
         real(path, plan, shard, *arrays, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_shard", stuck)
+        patch.setattr(target, "write_shard", stuck)
         with pytest.raises(KeyboardInterrupt, match=r"1 of 6 shards are in .*; the same command goes on from shard 1"):
             run.harvest(loaded, request_for(loaded, text), out)
     assert ActivationCache.open(out, allow_partial=True).shards == (0,)

@@ -1,0 +1,61 @@
+"""Where claims hang that processes make on the shards of a cache in an object store."""
+
+from cache_spec.errors import ObjectMissing
+from cache_spec.layout import CLAIMS
+from cache_spec.store import Store
+from harvest.claim_board import CLAIM_NAME, HEAD_BYTES, FolderBoard, Note
+
+
+class StoreBoard:
+    """In a store, where a claim is an object, created once, that grows by a byte when its owner shows that it lives.
+
+    A store has no locks. So a claim also hangs in a folder of the owner's machine, where others on it see at once when
+    its owner has died.
+    """
+
+    def __init__(self, store: Store, here: FolderBoard) -> None:
+        self._store, self._here = store, here
+        self._mine: dict[str, bytes] = {}
+
+    def names(self) -> list[str]:
+        """As Board says."""
+        names = (key.removeprefix(f"{CLAIMS}/") for key in self._store.list(CLAIMS))
+        return [name for name in names if CLAIM_NAME.fullmatch(name)]
+
+    def read(self, name: str) -> Note | None:
+        """As Board says."""
+        try:
+            data = self._store.read(f"{CLAIMS}/{name}")
+        except ObjectMissing:
+            return None
+        return Note(head=data[:HEAD_BYTES], n_bytes=len(data))
+
+    def post(self, name: str, line: bytes) -> bool:
+        """As Board says."""
+        if not self._store.create(f"{CLAIMS}/{name}", line):
+            return False
+        self._mine[name] = line
+        self._here.post(name, line)
+        return True
+
+    def beat(self, name: str) -> None:
+        """As Board says."""
+        if name in self._mine:
+            self._mine[name] += b"."
+            self._store.put(f"{CLAIMS}/{name}", self._mine[name])
+
+    def remove(self, name: str) -> None:
+        """As Board says."""
+        del self._mine[name]
+        self._store.delete(f"{CLAIMS}/{name}")
+        self._here.remove(name)
+
+    def is_abandoned(self, name: str) -> bool:
+        """As Board says."""
+        return name not in self._mine and self._here.is_abandoned(name)
+
+    def clear(self) -> None:
+        """Remove all claims: when every shard is committed they mean nothing."""
+        for name in self.names():
+            self._store.delete(f"{CLAIMS}/{name}")
+        self._here.clear()

@@ -1,0 +1,67 @@
+"""Claims in an object store: one owner each, signs of life that others see, and a death that the machine knows of."""
+
+import pytest
+
+from cache_spec.layout import CLAIMS
+from cache_spec.store import open_store
+from harvest.claim_board import FolderBoard
+from harvest.claims import Claims
+from harvest.share import Share
+from harvest.store_board import StoreBoard
+
+
+@pytest.fixture
+def store(tmp_path):
+    pytest.importorskip("obstore")
+    return open_store(f"file://{tmp_path}/store")
+
+
+def board(store, folder) -> StoreBoard:
+    return StoreBoard(store, FolderBoard(folder))
+
+
+def test_a_claim_has_one_owner_and_is_read_by_others(store, tmp_path):
+    mine, other = board(store, tmp_path / "a"), board(store, tmp_path / "b")
+    assert mine.post("000003.0", b"{}\n")
+    assert not other.post("000003.0", b"{}\n")
+    store.put(f"{CLAIMS}/notes.txt", b"not a claim")
+    assert other.names() == ["000003.0"]
+    before = other.read("000003.0")
+    mine.beat("000003.0")
+    after = other.read("000003.0")
+    assert before is not None
+    assert after is not None
+    assert (after.head[:3], after.n_bytes - before.n_bytes) == (b"{}\n", 1)
+    other.beat("000003.0")  # not its own
+    assert other.read("000003.0") == after
+    mine.remove("000003.0")
+    assert other.read("000003.0") is None
+    assert other.names() == []
+
+
+def test_a_death_is_known_on_the_machine_and_only_there(store, tmp_path):
+    dead, here, elsewhere = board(store, tmp_path / "a"), board(store, tmp_path / "a"), board(store, tmp_path / "b")
+    dead.post("000000.0", b"{}\n")
+    assert not here.is_abandoned("000000.0")
+    (tmp_path / "a" / "000000.0").unlink()
+    (tmp_path / "a" / "000000.0").write_bytes(b"{}\n")  # what is left when the process that held it is gone
+    assert here.is_abandoned("000000.0")
+    assert not elsewhere.is_abandoned("000000.0")
+    here.clear()
+    assert store.list(CLAIMS) == []
+    assert not (tmp_path / "a").exists()
+
+
+def test_two_processes_share_shards_by_claims_in_the_store(store, tmp_path):
+    first = Claims(board(store, tmp_path / "a"), Share(), machine="a")
+    second = Claims(board(store, tmp_path / "b"), Share(), machine="b")
+    assert first.take(0)
+    second.look(read=True)
+    assert list(second.others()) == [0]
+    assert not second.is_dead(second.others()[0])
+    assert second.take(1)
+    first.give_back(0)
+    second.look(read=True)
+    assert second.others() == {}
+    second.give_back(1)
+    assert store.list(CLAIMS) == []
