@@ -39,6 +39,7 @@ PARSED = {  # and why they are not run
     "docs/recipes.md": "needs hub models and a GPU",
     "docs/reliability.md": "thousands of faults; those of CI are run by the tests that it names",
     "docs/scale.md": "a check of minutes; tests/test_benchmarks_scale.py compares the tables",
+    "docs/stores.md": "needs a bucket; tests/test_harvest_store.py runs the same commands on a server of its own",
     "docs/saebench.md": "needs runs of the reader's; tests/test_evaluate_saebench.py runs the command on its own",
 }
 OTHERS = ("cd", "git", "pip")  # programs that are not ours
