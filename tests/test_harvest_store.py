@@ -218,7 +218,7 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(loaded, text, plain, 
 
 
 def test_the_command_takes_a_url(model_folder, text, plain, store_url, tmp_path):
-    arguments = ["--model", model_folder, "--dataset", text, "--layers", "1", "--tokens", "2k", "--context", "16"]
+    arguments = ["--model", model_folder, "--dataset", text, "--layers", "1", "--tokens", "2100", "--held-out", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "harvest", *map(str, arguments), "--out", store_url, "--scratch", str(tmp_path / "s")],
         cwd=ROOT,
