@@ -177,7 +177,8 @@ def sync_folder(folder: Path) -> None:
     """Return when the folder's names are on the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 

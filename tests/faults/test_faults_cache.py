@@ -1,6 +1,8 @@
 """Damage to a cache: verify finds every bit, no reader takes it for data, and what the sentence says mends it."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from cache_spec import ActivationCache, CacheDamaged, CacheError, column_types, derive_seed
 from cache_spec.__main__ import app as cache_app
+from cache_spec.files import sync_folder
 from harvest import run
 from harvest.model import load_model
 from train.__main__ import app as train_app
@@ -181,3 +184,15 @@ def test_a_missing_record_of_a_complete_cache_is_named_and_made_again(cache, har
         with pytest.raises(CacheDamaged, match=r"has lost _granary/shards/000002.json; run the same harvest"):
             ActivationCache.open(cache)
         assert CliRunner().invoke(cache_app, ["verify", str(cache)]).exit_code
+
+
+def test_a_folder_whose_names_cannot_be_written_down_is_named(tmp_path, monkeypatch):
+    """The system names no file for a descriptor, and without a name there is no sentence."""
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        sync_folder(tmp_path)
+    assert caught.value.filename == str(tmp_path)
