@@ -1,18 +1,20 @@
 """`python -m cache_spec`: what a cache holds, and whether it is whole."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache_spec.cache import ActivationCache
 from cache_spec.command import examples, run_command
+from cache_spec.copies import Copies
 from cache_spec.hub import Repository
 from cache_spec.info import bytes_for_people, describe, summary
 from cache_spec.progress import Progress
 from cache_spec.pull import plan_pull, pull_cache
 from cache_spec.push import bytes_to_push, plan_push, push_cache
+from cache_spec.remote import open_cache
 from cache_spec.store_path import place_of
 from cache_spec.transcode import bytes_to_read
 from cache_spec.transcode import transcode as transcode_cache
@@ -41,10 +43,11 @@ Json = Annotated[
         "python -m cache_spec info caches/tiny.zarr --json | python -m json.tool",
     )
 )
-def info(cache: CacheFolder, as_json: Json = False) -> None:
+def info(cache: CachePlace, as_json: Json = False) -> None:
     """Say what a cache holds: model, text, hook points, variants, rows, shards, bytes. Reads no activations."""
-    opened = ActivationCache.open(cache, allow_partial=True)
-    print(json.dumps(summary(opened)) if as_json else describe(opened))
+    with tempfile.TemporaryDirectory() as folder:  # for the small files of one in a store
+        opened = open_cache(cache, Copies(folder=Path(folder), n_bytes=0), allow_partial=True)
+        print(json.dumps(summary(opened)) if as_json else describe(opened))
 
 
 @app.command(

@@ -18,7 +18,7 @@ def describe(cache: ActivationCache) -> str:
     rows = [
         (
             "cache",
-            f"{plan.cache_id}, {cache.status}, format {plan.spec_version}, planned {_planned_at(cache)}",
+            ", ".join(filter(None, [plan.cache_id, cache.status, f"format {plan.spec_version}", _planned(cache)])),
         ),
         ("model", _facts(plan.model)),
         ("tokenizer", _facts(plan.tokenizer)),
@@ -33,18 +33,20 @@ def describe(cache: ActivationCache) -> str:
         *[("profile", f"archive: compressed, level {cache.attributes['level']}") for _ in range(cache.is_archive)],
         (
             "open with",
-            f'ActivationCache.open("{cache.path}"{"" if cache.status == "complete" else ", allow_partial=True"})',
+            f'{_opener(cache)}("{cache.place}"{"" if cache.status == "complete" else ", allow_partial=True"})',
         ),
-        ("", f'or zarr.open("{cache.path}")["{activation_array(plan.hooks[0].name, plan.variants[0].name)}"]'),
     ]
-    return printable("\n".join([str(cache.path), *(f"  {name:<11}{text}" for name, text in rows)]))
+    if not cache.files.is_remote:
+        array = activation_array(plan.hooks[0].name, plan.variants[0].name)
+        rows.append(("", f'or zarr.open("{cache.place}")["{array}"]'))
+    return printable("\n".join([cache.place, *(f"  {name:<11}{text}" for name, text in rows)]))
 
 
 def summary(cache: ActivationCache) -> dict[str, Any]:
     """The same for programs: what `info --json` prints. docs/shell.md has the keys."""
     plan = cache.plan
     return {
-        "path": str(cache.path),
+        "path": cache.place,
         "cache_id": plan.cache_id,
         "status": cache.status,
         "spec_version": plan.spec_version,
@@ -139,6 +141,18 @@ def _moments(cache: ActivationCache) -> str:
     return f"mean and m2 of {n_rows:,} ordinary rows (no special token or padding) in each array"
 
 
-def _planned_at(cache: ActivationCache) -> str:
-    """When the plan was written, by the file system; the cache itself holds no time, so that equal ones are equal."""
+def _opener(cache: ActivationCache) -> str:
+    return "cache_spec.remote.open_cache" if cache.files.is_remote else "ActivationCache.open"
+
+
+def _planned(cache: ActivationCache) -> str:
+    when = _planned_at(cache)
+    return f"planned {when}" if when else ""
+
+
+def _planned_at(cache: ActivationCache) -> str | None:
+    """When the plan was written, by the file system; the cache itself holds no time, so that equal ones are equal.
+    Not known of one in a store."""
+    if cache.files.is_remote:
+        return None
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime((cache.path / PLAN).stat().st_mtime))

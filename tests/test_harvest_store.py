@@ -228,7 +228,9 @@ def test_the_command_takes_a_url(model_folder, text, plain, store_url, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"at {store_url}" in done.stdout
     assert list((tmp_path / "s").iterdir()) == []
-    verify = [sys.executable, "-m", "cache_spec", "verify", store_url]
-    done = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{store_url} is whole" in done.stdout
+    for command, said in (("verify", f"{store_url} is whole"), ("info", f'open_cache("{store_url}")')):
+        done = subprocess.run(
+            [sys.executable, "-m", "cache_spec", command, store_url], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
