@@ -187,8 +187,8 @@ def load_run(path: str | Path, device: str = "cpu") -> TrainedRun:
     if facts["status"] != COMPLETE:
         raise UserError(f"{folder} is not finished; run the same `python -m train` command with --resume")
     try:
-        _check_files(folder, facts)
         sae = assemble(read_object(folder / CFG), read_safetensors(folder / WEIGHTS))
+        _check_files(folder, facts)
     except (UserError, OSError, KeyError, RuntimeError) as error:
         why = " ".join(str(error).split())  # torch's has lines
         raise UserError(f"{folder} is damaged ({why}); move it away and train the run again") from None
