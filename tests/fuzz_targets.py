@@ -213,6 +213,10 @@ def _lay_out_runs(folder: Path) -> None:
     cache = make_training_cache(folder / "training_cache")
     loader = MixedBatchLoader(cache, DATA)
     train_sweep(loader, [run_config("batchtopk"), run_config("topk")], out=folder / "runs")
+    for name in ("batchtopk", "topk"):  # a stranger's checksums fit, or are left out
+        path = folder / "runs" / name / "run.json"
+        facts = json.loads(path.read_bytes())
+        path.write_bytes(spelled({key: value for key, value in facts.items() if key not in ("crc32c", "files")}))
     run = TrainRun(run_config(), cache.plan.hooks[0].d_model, loader.n_steps, select("dense", "cpu"))
     (folder / "stopped").mkdir()
     for _ in range(2):

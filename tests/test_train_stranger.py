@@ -16,15 +16,18 @@ import torch
 from fuzz_fixtures import bounded, everything, spelled
 from fuzz_targets import target, use_runs, use_sae
 from safetensors.torch import load_file, save_file
+from train_fixtures import run_config
 
 from cache_spec import UserError
 from evaluate.runs import RunsIncomplete, find_runs
 from train.checkpoint import checkpoint_step, last_logged, restore_checkpoint
 from train.foreign import read_folder
 from train.formats import sparsify
+from train.kernels import select
 from train.known import check_facts, check_report
 from train.pushing import read_runs
 from train.run_folder import check_out, holds_files, load_run, read_facts
+from train.step import TrainRun
 
 ROOT = Path(__file__).parent.parent
 
@@ -232,18 +235,10 @@ def test_a_line_of_the_log_that_is_none_ends_it(made, tmp_path, line):
     with (folder / "log.jsonl").open("a") as log:
         log.write(line + "\n")
     assert last_logged(folder) == {}
-    run = Restored()
-    restore_checkpoint(folder, run)  # pyright: ignore[reportArgumentType]
+    run = TrainRun(run_config(), 8, 60, select("dense", "cpu"))
+    restore_checkpoint(folder, run)
+    assert run.n_done == 2
     assert (folder / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-class Restored:
-    """Takes up any state."""
-
-    n_done = 0
-
-    def restore(self, tensors: object, n_done: int) -> None:
-        self.n_done = n_done
 
 
 def test_no_runs_at_all_is_a_sentence(runs):
