@@ -99,7 +99,9 @@ def sentence(comparison: Comparison, columns: Mapping[str, Column]) -> str:
     if not tested and any(difference.verdict == NOT_MATCHED for difference in masked):
         return "No verdict on masking: no masked run has the L0 of an unmasked one, so they cannot be compared."
     if not tested:
-        return "No verdict on masking: masked and unmasked training share one seed, which says nothing about chance."
+        n = max(difference.n for difference in masked)
+        few = "one seed, which says" if n < 2 else "two seeds, which say too little: an interval takes three"
+        return f"No verdict on masking: masked and unmasked training share {few}{' nothing about chance' * (n < 2)}."
     changed, unchanged, not_counted = [], [], []
     for starts, lower, higher, what in _CLAIMS:
         those = [difference for difference in tested if difference.column.startswith(starts)]
@@ -233,7 +235,7 @@ def faults(unreliable: Mapping[str, str], columns: Mapping[str, Column]) -> list
 def multiplicity(comparison: Comparison) -> list[str]:
     """For each family of comparisons: how many there are, and how many intervals exclude 0."""
     if comparison.differences and not any(difference.n_family for difference in comparison.differences):
-        return ["Nothing was tested: no comparison at matched L0 has more than one seed."]
+        return ["Nothing was tested: no comparison at matched L0 has three seeds."]
     lines = []
     for family, who in _FAMILIES.items():
         found = [d for d in (*comparison.differences, *comparison.pooled) if d.family == family]

@@ -76,7 +76,7 @@ def by_hand(facts: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) 
             for name in ("standard", "jumprelu")
         ),
     ],
-    ids=lambda facts: "-".join(map(str, (facts["architecture"], *facts.keys() - cfg("standard").keys()))),
+    ids=lambda facts: "-".join(map(str, (facts["architecture"], *sorted(facts.keys() - cfg("standard").keys())))),
 )
 def test_it_computes_what_saelens_computes(facts):
     weights, x = tensors(facts["architecture"]), torch.randn(50, D_IN, generator=torch.Generator().manual_seed(9))

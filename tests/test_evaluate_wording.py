@@ -7,7 +7,18 @@ import pytest
 from page_fixtures import COLUMNS, EIGHT, compared, planted, recipe
 
 from evaluate import wording
-from evaluate.compare import CLAIM, HIGHER, LOWER, NONE_SEEN, NOT_MATCHED, OTHER, Comparison, Difference, is_claim
+from evaluate.compare import (
+    CLAIM,
+    HIGHER,
+    LOWER,
+    NONE_SEEN,
+    NOT_MATCHED,
+    OTHER,
+    TWO_SEEDS,
+    Comparison,
+    Difference,
+    is_claim,
+)
 from evaluate.recipes import NOISE
 from evaluate.statistics import Estimate
 
@@ -18,7 +29,7 @@ NOISY = recipe("gaussian (matched 0.5)")
 def difference(column: str, verdict: str, who=MASKED, baseline=PLAIN, n: int = 5, mean: float = 0.1) -> Difference:
     """A difference with that verdict; its interval is mean ± 0.05."""
     size = -mean if verdict == LOWER else mean
-    is_tested = n > 1 and verdict != NOT_MATCHED
+    is_tested = n > 1 and verdict not in (NOT_MATCHED, TWO_SEEDS)
     found = Difference(
         recipe=who,
         baseline=baseline,
@@ -123,6 +134,11 @@ def test_one_seed_and_unmatched_l0_give_no_verdict():
     one = comparison(difference("explained_variance", LOWER, n=1))
     assert wording.sentence(one, COLUMNS).startswith(
         "No verdict on masking: masked and unmasked training share one seed"
+    )
+    two = wording.sentence(comparison(difference("explained_variance", TWO_SEEDS, n=2)), COLUMNS)
+    assert two == (
+        "No verdict on masking: masked and unmasked training share two seeds, which say too little: "
+        "an interval takes three."
     )
     apart = comparison(difference("explained_variance", NOT_MATCHED))
     assert wording.sentence(apart, COLUMNS).startswith("No verdict on masking: no masked run has the L0")

@@ -276,7 +276,7 @@ def test_nothing_is_sent_without_being_asked_or_without_a_key(tmp_path, world, m
     monkeypatch.setenv(KEY, SECRET)
     arguments = [str(world[1]), "--out", str(tmp_path / "out"), "--latents", "0-5"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert "nothing was sent; 1 upload bodies are in" in done.stdout
+    assert "nothing was sent; 1 upload body in" in done.stdout
     monkeypatch.delenv(KEY)
     done = CliRunner().invoke(app, [*arguments, "--upload"])
     assert isinstance(done.exception, UserError)

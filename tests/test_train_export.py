@@ -282,7 +282,8 @@ def test_the_command_writes_once_and_says_what_it_made(runs, tmp_path):
         (["batchtopk", "--to", "sparsify", "--k", "4"], "--k is for --approximate"),
         (["batchtopk", "--to", "sparsify", "--approximate", "--k", "99"], "--k 99 is more than its 32 latents"),
         (["topk", "--to", "sparsify", "--approximate", "--k", "4"], "its own k is 3; leave --k out"),
-        (["nowhere", "--to", "saelens"], "it has no ae.pt or sae.safetensors or sae_weights.safetensors"),
+        (["batchtopk", "--to", "saelens", "--approximate"], "saelens holds the SAE as it is, leave it out"),
+        (["nowhere", "--to", "saelens"], "there is no such folder; give the folder of one SAE"),
     ],
 )
 def test_a_command_that_cannot_be_done_is_one_sentence_and_writes_nothing(words, sentence, runs, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sized
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,15 @@ def run_neuronpedia(
         _write(asked, out, facts, model_id, source_set, creator, creator_id)
     bodies = sorted((out / UPLOADS).glob("batch-*.json"))
     if not sends:
-        print(
-            f"nothing was sent; {len(bodies)} upload bodies are in {(out / UPLOADS).resolve()}, and --upload sends them"
-        )
+        print(f"nothing was sent; {counted(bodies)} in {(out / UPLOADS).resolve()}, --upload sends what is there")
         return
     n_sent = upload(bodies, out, key=key, url=url)
     print(f"{n_sent} of {len(bodies)} bodies sent to {url}, the others were there before")
+
+
+def counted(bodies: Sized) -> str:
+    """`1 upload body`, `2 upload bodies`."""
+    return f"{len(bodies)} upload {'body' if len(bodies) == 1 else 'bodies'}"
 
 
 def _stamp(run: Path) -> str:
@@ -81,10 +85,7 @@ def _write(
     print(
         f"{len(found.shown):,} latents of {found.run.name} as {names.model}/{names.source}, from {about(found)['rows']}"
     )
-    print(
-        f"{n_live:,} of them in {len(uploads)} upload bodies"
-        + (f"; {left:,} never fire and are left out" if left else "")
-    )
+    print(f"{n_live:,} of them in {counted(uploads)}" + (f"; {left:,} never fire and are left out" if left else ""))
     print((out / names.model / names.source).resolve())
 
 

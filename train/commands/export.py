@@ -42,6 +42,8 @@ def export(
     from train.names import find
 
     tool = find("formats", to)
+    if approximate and to != "sparsify":
+        raise UserError(f"--approximate is for --to sparsify; {to} holds the SAE as it is, leave it out")
     if k is not None and not approximate:
         raise UserError("--k is for --approximate; leave it out")
     stored = read_folder(run)
