@@ -90,7 +90,7 @@ evaluate: setup  ## [RUNS= METRICS= PROBE_DATA= DEVICE=]: measure the runs, writ
 		$(if $(DEVICE),--device $(DEVICE))
 
 test: setup  ## all tests, offline, on two cores
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # kill -9, signals, failing and full disks, damage; 1000 kills take half an hour on two cores.
 TRIALS ?= 60

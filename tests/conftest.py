@@ -11,6 +11,23 @@ from store_fixtures import proxy, store_server, store_url  # noqa: F401
 settings.register_profile("granary", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("granary")
 
+LONGEST = (
+    "test_house_readme.py",
+    "test_train_triton.py",
+    "test_faults_strikes.py",
+    "test_train_parallel.py",
+    "test_harvest_kill.py",
+    "test_evaluate_order.py",
+    "test_faults_strikes_runs.py",
+    "test_harvest_join.py",
+)
+"""Files of tests that take minutes: first, so that in the end no core waits for another."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first; all else stays in its order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_waiting_for_the_disk():

@@ -265,16 +265,20 @@ def test_help_explains_every_option():
 def test_every_option_reaches_what_it_decides(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr("evaluate.command.run", lambda folder, **options: seen.update(options, folder=folder))
-    arguments = "runs --metrics core --sae a --sae b/c --cache d --hook e --probe-data f --probe-data g --sae-probes "
-    arguments += "--shifted-text h --device cuda --out i --seed 5 --fresh"
+    arguments = (
+        "runs --metrics core --sae a --sae b/c --cache s3://d/e --hook e --probe-data f --probe-data g --sae-probes "
+    )
+    arguments += "--shifted-text h --device cuda --out i --seed 5 --fresh --cache-dir j --cache-bytes 2GB"
     assert CliRunner().invoke(app, arguments.split()).exit_code == 0
     sources = seen.pop("sources")
     assert (sources.probe_data, sources.sae_probes, sources.shifted_text) == ((Path("f"), Path("g")), True, Path("h"))
+    copies = seen.pop("copies")
+    assert (copies.folder, copies.n_bytes) == (Path("j"), 2 * 2**30)
     assert seen == {
         "folder": Path("runs"),
         "metrics": "core",
         "saes": ["a", "b/c"],
-        "cache": Path("d"),
+        "cache": "s3://d/e",
         "hook": "e",
         "device": "cuda",
         "out": Path("i"),

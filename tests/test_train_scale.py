@@ -15,6 +15,7 @@ from cache_spec.layout import activation_file
 from train.held_out import MAX_ROWS, held_out_rows, held_out_targets, measure_held_out
 from train.loader import MixedBatchLoader
 from train.names import find, parse_setting
+from train.parallel.axis import ALONE
 from train.scale import SamplePart, Scale, matched_corruption, measure, recipe_label
 
 
@@ -134,7 +135,7 @@ def test_held_out_explained_variance_is_that_of_what_is_reconstructed(transcoder
         encode=lambda x: torch.tensor([0.0, 1.0, 2.0, 0.0]).expand(len(x), 4),
         decode=lambda f, x: x[:, :2] * 2 if transcoder else x / 2,
     )
-    run: Any = SimpleNamespace(sae=sae, dead=lambda: torch.tensor([True, False, False, True]))
+    run: Any = SimpleNamespace(sae=sae, spread=ALONE, dead=lambda: torch.tensor([True, False, False, True]))
     held_out = measure_held_out(run, rows, targets)["held_out"]
     goal = rows if targets is None else targets
     error = (rows[:, :2] + 1).square().sum() if transcoder else (rows / 2).square().sum()

@@ -109,7 +109,8 @@ def _post(address: str, body: bytes, key: str) -> None:
         with _OPENER.open(request, timeout=_ANSWER_SECONDS) as answer:
             answer.read()
     except urllib.error.HTTPError as error:
-        said = _said(error)
+        with error:  # its connection stays open otherwise
+            said = _said(error)
         if error.code == 429 or error.code >= 500:
             raise _Passing(f"{error.code}: {said}") from None
         raise Refused(f"{address} refused the upload with {error.code}: {said}; {_advice(error.code)}") from None

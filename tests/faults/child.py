@@ -19,6 +19,7 @@ import train.__main__
 from cache_spec.command import app_for, run_command
 
 CALLS = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rmdir")  # that change what others see
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PATIENCE_S = 120  # a child that takes longer hangs
 _REAL = {name: getattr(os, name) for name in (*CALLS, "close")}
 Arm = Callable[["Counter"], None]
@@ -71,6 +72,7 @@ def start(commands: Sequence[Sequence[str]], arm: Arm, note: Path, said: int) ->
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the command heeds them: real ones start otherwise
         signal.alarm(PATIENCE_S)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(said, 2)
@@ -89,7 +91,8 @@ def _run(words: Sequence[str]) -> int:
     module = {"harvest": harvest.__main__, "train": train.__main__, "evaluate": evaluate.__main__}[words[0]]
     sys.argv = [f"python -m {words[0]}", *words[1:]]
     try:
-        run_command(app_for(sys.argv, module.app, getattr(module, "OTHERS", {})))
+        app = app_for(sys.argv, module.app, getattr(module, "OTHERS", {}))
+        run_command(lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS), app()))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - as Python itself would end
