@@ -168,7 +168,9 @@ def _trainer(stored: Stored, name: str, groups: list[int]) -> tuple[dict[str, An
 def _steps(metadata: dict[str, Any]) -> int | None:
     data = object_in(object_in(metadata, "granary"), "data")
     n_tokens, batch_size = data.get("n_tokens"), data.get("batch_size")
-    return n_tokens // batch_size if type(n_tokens) is type(batch_size) is int and batch_size > 0 else None
+    if type(n_tokens) is not int or type(batch_size) is not int or batch_size <= 0:
+        return None
+    return n_tokens // batch_size
 
 
 def _place(stored: Stored) -> tuple[int | None, str | None, list[str]]:
