@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -76,7 +77,10 @@ class Crew:
         """Until the process has claimed a shard, or has committed one."""
         until = time.monotonic() + 60
         while time.monotonic() < until:
-            held = b"".join(path.read_bytes() for path in (self.out / CLAIMS).glob("0*"))
+            held = b""
+            for path in (self.out / CLAIMS).glob("0*"):
+                with suppress(FileNotFoundError):  # given back meanwhile
+                    held += path.read_bytes()
             if (what == "a claim" and b"process %d" % child in held) or (what == "a shard" and child in self.made()):
                 return
             time.sleep(0.005)
