@@ -33,7 +33,7 @@ from cache_spec.counts import parse_count
 from cache_spec.errors import UserError
 from harvest.forecast import duration, size
 
-MODEL_SHARE, STEP_SHARE, DENSE_SHARE = 0.35, 0.55, 0.4  # measured on an H200: docs/scale.md
+MODEL_SHARE, STEP_SHARE, DENSE_SHARE = 0.34, 0.55, 0.45  # measured on an H200: docs/scale.md
 TERA, GIGA = 1e12, 1e9
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
