@@ -4,17 +4,21 @@ import errno
 import importlib
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cache_spec.errors import DiskFull, UserError
 from cache_spec.untrusted import printable
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_STDERR = 2
 _STOPPED = "stopped by Ctrl-C or a signal; what was finished is kept"
 _NO_ROOM = "make room or choose another folder, then run the command again"
 _NO_RIGHT = "choose another folder, or one that may be written, then run the command again"
@@ -95,7 +99,20 @@ def heed(*numbers: signal.Signals) -> None:
     """From now on these signals raise KeyboardInterrupt, where they would end the process without a word."""
     for number in numbers:
         if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt; while torch is being imported, ends the process, with the same sentence and exit code.
+
+    Some of what torch sets up runs Python from C++ that no exception may leave, and the process would abort. Nothing
+    of a command is open at that moment: importing torch is the first thing that each does.
+    """
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        with suppress(OSError):  # a stderr that is gone
+            os.write(_STDERR, f"error: {_STOPPED}\n".encode())
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
 
 
 class _Printable(logging.Formatter):
