@@ -18,7 +18,7 @@ from typing import Any
 
 import google_crc32c
 
-from cache_spec.errors import CacheDamaged, DiskFull
+from cache_spec.errors import CacheDamaged, DiskFull, UserError
 from cache_spec.store_path import Place, StorePath
 from cache_spec.untrusted import MOST_BYTES, json_of, read_bounded
 
@@ -61,9 +61,11 @@ def read_json(path: Place, most: int = MOST_BYTES) -> Any:
     So it does for one of more than `most` bytes, or with lists and objects too deep in each other.
     """
     try:
-        data = path.read_bytes() if isinstance(path, StorePath) else read_bounded(path, most)
+        data = path.read_bytes(most) if isinstance(path, StorePath) else read_bounded(path, most)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheDamaged(f"{path} is missing") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise CacheDamaged(f"{path} cannot be read: {error}") from None
     return parse_json(data, path)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cache_spec.errors import CacheDamaged
+from cache_spec.errors import CacheDamaged, RoomTooSmall
 from cache_spec.files import Partial, crc32c, disk_full_as_error, exclusive
 from cache_spec.layout import (
     CHECKSUM_BYTES,
@@ -26,14 +26,17 @@ from cache_spec.layout import (
     chunks_in,
     plain_index,
     planner_files,
+    shard_files,
 )
 from cache_spec.plan import HookPlan, Plan
 from cache_spec.room import Room
 from cache_spec.store import Store
+from cache_spec.store_path import StorePath
 
 RANGE_BYTES = 8 << 20  # of one request, or one inner chunk if that is more
 IN_FLIGHT = 16  # requests for one file at a time
 TRIES = 3  # of what arrives damaged
+_BLOCK = 8 << 20
 _FETCHING = f"{INTERNAL}/fetching"
 
 
@@ -103,7 +106,10 @@ class Mirror:
         shard = _shard_of(file)
         activation = None if shard is None else activation_files(self._plan, shard).get(file)
         path = self._folder / file
-        if shard is None or activation is None:
+        if shard is None:
+            self._bring_planned(file, path)
+            return
+        if activation is None:
             data = self._small(file, shard)
             with disk_full_as_error(path, len(data)), Partial(path) as partial:
                 partial.write(data)
@@ -141,20 +147,40 @@ class Mirror:
         last = first + len(wanted.sums) * self._plan.chunk_rows - 1
         raise self._damaged(file, f"{what} in rows {first} to {last}")
 
-    def _small(self, file: str, shard: int | None) -> bytes:
-        """The content of a small file, compared with what is known of it."""
+    def _small(self, file: str, shard: int) -> bytes:
+        """The content of a small file, compared with its commit record."""
+        sums = self._records[shard]["files"][file]["crc32c"]
         for _ in range(TRIES):
             if self.room.stopping.is_set():
                 raise CancelledError
-            data = self._store.read(file)
-            if shard is None:
-                whole = hashlib.sha256(data).hexdigest() == planner_files(self._plan)[file]
-            else:
-                sums = self._records[shard]["files"][file]["crc32c"]
-                values, tail = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
-                whole = sums == [f"{crc32c(values):08x}"] and tail == checksum_bytes(int(sums[0], 16))
-            if whole:
+            data = self._store.read(file, shard_files(self._plan, shard)[file])
+            values, tail = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+            if sums == [f"{crc32c(values):08x}"] and tail == checksum_bytes(int(sums[0], 16)):
                 return data
+        raise self._damaged(file, "fails its checksum")
+
+    def _bring_planned(self, file: str, path: Path) -> None:
+        """One of the planner's arrays, piece by piece, for nothing but its checksum says how large it is."""
+        for _ in range(TRIES):
+            if (n_bytes := self._store.size(file) or 0) > self.room.n_bytes:
+                raise RoomTooSmall(
+                    f"--cache-bytes {self.room.n_bytes:,} is too little: {self.place}/{file} has {n_bytes:,} bytes; "
+                    f"give {n_bytes} or more"
+                )
+            found = hashlib.sha256()
+            with (
+                StorePath(self._store, file).open() as source,
+                disk_full_as_error(path, n_bytes),
+                Partial(path) as partial,
+            ):
+                while data := source.read(_BLOCK):
+                    if self.room.stopping.is_set():
+                        raise CancelledError
+                    found.update(data)
+                    partial.write(data)
+                if found.hexdigest() == planner_files(self._plan)[file]:
+                    partial.replace()
+                    return
         raise self._damaged(file, "fails its checksum")
 
     def _damaged(self, file: str, what: str) -> CacheDamaged:

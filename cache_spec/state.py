@@ -31,7 +31,7 @@ from cache_spec.layout import (
     zarr_documents,
 )
 from cache_spec.plan import Plan, check_version
-from cache_spec.store_path import Place, StorePath, place_of
+from cache_spec.store_path import Place, StorePath, place_of, size_of
 from cache_spec.untrusted import MOST_BYTES, refuse_links
 
 _AT_ONCE = 16  # records fetched from a store
@@ -52,9 +52,7 @@ def read_plan(root: Place) -> Plan:
         if is_ours(root):
             raise CacheIncomplete(f"{root} was being created when its writer stopped; run the same harvest again")
         raise CacheNotFound(f"{root} is a folder but no activation cache: it has no {PLAN}; give the cache's folder")
-    if isinstance(root, StorePath):
-        _refuse_large(root)
-    else:
+    if not isinstance(root, StorePath):
         refuse_links(root, NO_LINKS)
     with _remedy("put a copy of it back, for nothing else says what it said, or harvest into another folder"):
         return Plan.from_json(read_json(root / PLAN), where=str(root / PLAN))
@@ -71,13 +69,6 @@ def _remedy(what_to_do: str) -> Iterator[None]:
 
 def _made_again(path: Place | str) -> str:
     return f"delete {path} and run the same harvest, which makes it again"
-
-
-def _refuse_large(root: StorePath) -> None:
-    """Raises CacheDamaged if a document of a cache in a store, all of which are read whole, is larger than any is."""
-    for file in (PLAN, ROOT):
-        if (root.store.size((root / file).key) or 0) > MOST_BYTES:
-            raise CacheDamaged(f"{root / file} has more than {MOST_BYTES:,} bytes, so it is none")
 
 
 def is_ours(root: Place) -> bool:
@@ -231,8 +222,6 @@ def read_records(root: Place, plan: Plan) -> dict[int, dict[str, Any]]:
             raise CacheDamaged(f"{root / record_file(shard)} is for a shard beyond the plan's {plan.n_shards}")
     if isinstance(root, StorePath):
         sizes = root.sizes()
-        if large := next((file for file, n in sizes.items() if file.startswith(RECORDS) and n > MOST_BYTES), ""):
-            raise CacheDamaged(f"{root / large} has more than {MOST_BYTES:,} bytes, so it is no record")
         with ThreadPoolExecutor(_AT_ONCE, "records") as pool:
             found = list(pool.map(lambda shard: read_record(root, plan, shard, sizes), shards))
     else:
@@ -250,9 +239,12 @@ def read_document(root: Place, file: str) -> Any:
 
     Raises CacheDamaged.
     """
-    if isinstance(root, StorePath):
+    if file != MANIFEST or (size_of(root / file) or 0) <= MOST_BYTES:
         return read_json(root / file)
-    n_bytes = sum(path.stat().st_size for path in (root / RECORDS).glob("*.json")) if file == MANIFEST else 0
+    if isinstance(root, StorePath):
+        n_bytes = sum((root / RECORDS).sizes().values())
+    else:
+        n_bytes = sum(path.stat().st_size for path in (root / RECORDS).glob("*.json"))
     return read_json(root / file, MOST_BYTES + 2 * n_bytes)
 
 

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from cache_spec.errors import ObjectMissing, StoreError, UserError
+from cache_spec.errors import CacheDamaged, ObjectMissing, StoreError, UserError
+from cache_spec.untrusted import MOST_BYTES
 
 SCHEMES = ("s3", "gs", "az", "file")
 _SETTINGS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "file": ""}  # what the variables of each begin with
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_ONCE = 8 * 2**20, 9000, 4
 _METADATA_HOSTS = ("169.254.169.254", "metadata.google.internal")  # where a machine of the cloud asks who it is
+_MOST_KEYS = 2**22  # of one listing; a cache of 5 TB has fifty thousand
 _AGAIN = "run the same command again, it goes on from what has arrived"
 Answer = TypeVar("Answer")
 
@@ -105,20 +107,25 @@ def check_url(url: str) -> str:
 class Store:
     """The objects below a URL, by keys such as `layer_12/clean/c/0/0`. Requests that fail are made again, for a while.
 
-    Raises ObjectMissing for a key that is not there, StoreError for a refusal or when the patience is at its end.
+    Raises ObjectMissing for a key that is not there, StoreError for a refusal or when the patience is at its end. A
+    store may be a stranger's: no more of an object is ever held than was asked for.
     """
 
     def __init__(self, url: str, once: Any, often: Any, patience: Patience) -> None:
         self.url = url
         self._once, self._often, self._patience = once, often, patience
 
-    def read(self, key: str) -> bytes:
-        """The whole object."""
+    def read(self, key: str, most: int = MOST_BYTES) -> bytes:
+        """The whole object. Raises CacheDamaged, before its bytes come, if they are more than `most`."""
         import obstore
 
         def get() -> bytes:
             found = obstore.get(self._once, key)
-            return _whole(bytes(found.bytes()), found.meta["size"])
+            if (size := found.meta["size"]) > most:
+                raise CacheDamaged(
+                    f"{self.url}/{key} has {size:,} bytes, and {most:,} are the most that are read of it"
+                )
+            return _body(found, size)
 
         return self._ask(key, get)
 
@@ -128,9 +135,14 @@ class Store:
 
         if not length:
             return b""
-        return self._ask(
-            key, lambda: _whole(bytes(obstore.get_range(self._once, key, start=start, length=length)), length)
-        )
+        part: Any = {"range": (start, start + length)}
+
+        def get() -> bytes:
+            if self.url.startswith("file:"):  # a disk gives no more than it is asked for, and is slow in small pieces
+                return _whole(bytes(obstore.get_range(self._once, key, start=start, length=length)), length)
+            return _body(obstore.get(self._once, key, options=part), length)
+
+        return self._ask(key, get)
 
     def size(self, key: str) -> int | None:
         """Bytes of the object; None if it is not there."""
@@ -207,6 +219,10 @@ class Store:
             found: dict[str, int] = {}
             for batch in obstore.list(self._once, prefix or None):
                 found |= {entry["path"]: entry["size"] for entry in batch}
+                if len(found) > _MOST_KEYS:
+                    raise CacheDamaged(
+                        f"{self.url} lists more than {_MOST_KEYS:,} objects, so it is no cache; check the URL"
+                    )
                 if some:
                     break
             return found
@@ -232,7 +248,7 @@ class Store:
                         f"{self.url} cannot be written: there is no such bucket; {_look(place)}"
                     ) from error
                 raise ObjectMissing(f"{place} is not there; check the URL, or make it again") from error
-            except (_ShortBody, BaseError, OSError) as error:
+            except (_WrongBody, BaseError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # of our own disk
                 if refusal := _refusal(place, error):
@@ -246,13 +262,20 @@ class Store:
         raise AssertionError("there is at least one try")
 
 
-class _ShortBody(Exception):
-    """An answer with fewer bytes than it promised."""
+class _WrongBody(Exception):
+    """An answer with fewer or more bytes than it promised."""
+
+
+def _body(found: Any, n_bytes: int) -> bytes:
+    """The content of an answer that has to have so many bytes, whatever its headers say. Further ones are not read."""
+    return _whole(next(iter(found.stream(min_chunk_size=n_bytes + 1)), b""), n_bytes)  # that many, or all there are
 
 
 def _whole(data: bytes, n_bytes: int) -> bytes:
-    if len(data) != n_bytes:
-        raise _ShortBody(f"{len(data):,} of {n_bytes:,} bytes came")
+    if len(data) > n_bytes:
+        raise _WrongBody(f"more than {n_bytes:,} bytes came")
+    if len(data) < n_bytes:
+        raise _WrongBody(f"{len(data):,} of {n_bytes:,} bytes came")
     return data
 
 
@@ -291,7 +314,7 @@ def _status(text: str) -> str:
 def _reason(error: Exception) -> str:
     """What went wrong in a few words. The library's own text has headers and addresses, which may hold a signature."""
     text = str(error).partition("\n")[0]
-    if isinstance(error, _ShortBody):
+    if isinstance(error, _WrongBody):
         return text
     if status := _status(text):
         return status

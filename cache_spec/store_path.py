@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from cache_spec.errors import ObjectMissing
 from cache_spec.store import Patience, Store, is_url, open_store
+from cache_spec.untrusted import MOST_BYTES
 
 _PIECE_BYTES, _AHEAD = 8 * 2**20, 4  # a request, and how many are under way while the piece before is used
 
@@ -51,9 +52,9 @@ class StorePath:
         """Whether anything is below."""
         return bool(self.store.sizes(self.key, some=True))
 
-    def read_bytes(self) -> bytes:
-        """The whole object. Raises ObjectMissing, which is a FileNotFoundError."""
-        return self.store.read(self.key)
+    def read_bytes(self, most: int = MOST_BYTES) -> bytes:
+        """The whole object. Raises ObjectMissing, which is a FileNotFoundError, and CacheDamaged for a larger one."""
+        return self.store.read(self.key, most)
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """The object as a file, of which the next pieces are fetched while one is read. Raises ObjectMissing."""
@@ -93,6 +94,13 @@ def size_of(path: Place) -> int | None:
     if isinstance(path, StorePath):
         return path.store.size(path.key)
     return path.stat().st_size if path.is_file() else None
+
+
+def holds(path: Place, data: bytes) -> bool:
+    """Whether a file or object has exactly this content; one of another size is not read."""
+    if size_of(path) != len(data):
+        return False
+    return (path.read_bytes(len(data)) if isinstance(path, StorePath) else path.read_bytes()) == data
 
 
 class _Pieces(io.RawIOBase):

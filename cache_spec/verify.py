@@ -33,7 +33,7 @@ from cache_spec.layout import (
 from cache_spec.packing import packed_chunks, unpack
 from cache_spec.plan import HookPlan, Plan
 from cache_spec.state import parse_record, read_document, read_plan, read_root, recorded_shards, stored_bytes
-from cache_spec.store_path import Place, StorePath, place_of, size_of
+from cache_spec.store_path import Place, StorePath, holds, place_of, size_of
 
 DAMAGED, UNFINISHED, LEFTOVER = "damaged", "unfinished", "leftover"
 Advance = Callable[[int], object]  # told the number of bytes just checked
@@ -96,7 +96,7 @@ def check_shard(
         yield Problem(file, str(error))
         return
     records[shard] = record
-    if (root / file).read_bytes() != readable_json(seal(record)):
+    if not holds(root / file, readable_json(seal(record))):
         yield Problem(file, "is not spelled as it was written")
     for file, (hook, _) in activation_files(plan, shard).items():
         sums = record["files"][file]["crc32c"]
@@ -162,7 +162,8 @@ def _array_fault(path: Place, size: int, checksum: str, advance: Advance) -> str
         return "is missing"
     if found != size + CHECKSUM_BYTES:
         return "has a wrong size"
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(found)
     advance(len(data))
     values, tail = data[:size], data[size:]
     if f"{crc32c(values):08x}" != checksum:
@@ -172,13 +173,13 @@ def _array_fault(path: Place, size: int, checksum: str, advance: Advance) -> str
 
 def _check_documents(root: Place, plan: Plan) -> Iterator[Problem]:
     """The plan and each Zarr document below the root, all of which follow from the plan."""
-    if (root / PLAN).read_bytes() != readable_json(plan.to_json()):
+    if not holds(root / PLAN, readable_json(plan.to_json())):
         yield Problem(PLAN, "is not spelled as it was written")
     for name, document in zarr_documents(plan, _level(root)).items():
         file = f"{name}/{ROOT}"
         try:
             read_json(root / file)  # which says what is wrong with a file that is no JSON
-            same = (root / file).read_bytes() == readable_json(document)
+            same = holds(root / file, readable_json(document))
         except CacheDamaged as error:
             yield Problem(file, str(error))
             continue
@@ -205,7 +206,7 @@ def _check_status(root: Place, plan: Plan, shards: list[int], records: dict[int,
     try:
         granary = read_root(root)
         wanted = root_document(seal(granary), plan if granary["status"] != HARVESTING else None)
-        if granary["cache_id"] != plan.cache_id or (root / ROOT).read_bytes() != readable_json(wanted):
+        if granary["cache_id"] != plan.cache_id or not holds(root / ROOT, readable_json(wanted)):
             yield Problem(ROOT, "does not describe what the plan says")
     except CacheDamaged as error:
         yield Problem(ROOT, str(error))
@@ -229,7 +230,7 @@ def _check_manifest(root: Place, plan: Plan, status: str, records: dict[int, dic
         yield Problem(MANIFEST, str(error))
         return
     kept = {s: r for s, r in records.items() if status == COMPLETE or (isinstance(listed, dict) and str(s) in listed)}
-    if (root / MANIFEST).read_bytes() != readable_json(manifest(plan, status, kept)):
+    if not holds(root / MANIFEST, readable_json(manifest(plan, status, kept))):
         yield Problem(MANIFEST, "does not list the commit records that are there")
 
 

@@ -19,6 +19,8 @@ from cache_spec.store import Patience
 
 BUCKET = "caches"
 IMPATIENT = Patience(n_tries=4, first_wait=0.01, longest_wait=0.05, stall_seconds=2.0, request_seconds=10.0)
+Kind = Literal["drop", "lost", "status", "slow", "truncate", "corrupt", "endless"]
+_PIECE = 2**16
 _HOP = ("connection", "transfer-encoding", "keep-alive", "server", "date")
 
 
@@ -29,15 +31,17 @@ class Fault:
     drop: no answer, and the server never hears of it. lost: the server does it, and the answer is dropped. status:
     `status` instead of the server's answer. slow: a pause of `seconds` before every piece of `n_bytes`. truncate: only
     the first `n_bytes` of the body, and the connection ends. corrupt: one bit of byte `n_bytes` of the body is changed.
+    endless: headers that tell of the body, then `n_bytes` of something else, while anybody listens.
     """
 
-    kind: Literal["drop", "lost", "status", "slow", "truncate", "corrupt"]
+    kind: Kind
     match: str = ""
     times: int = 1
     until: float = 0.0  # on the monotonic clock; times is not looked at
     status: int = 500
     seconds: float = 0.1
     n_bytes: int = 100
+    n_sent: int = 0  # of an endless body
 
 
 class Proxy:
@@ -51,7 +55,7 @@ class Proxy:
         self.requests: list[str] = []  # the line of each, as it came
         self.n_failed = 0
 
-    def fail(self, kind: Literal["drop", "lost", "status", "slow", "truncate", "corrupt"], **facts) -> None:
+    def fail(self, kind: Kind, **facts) -> None:
         """From now on; see Fault. `for_seconds` instead of `times`."""
         seconds = facts.pop("for_seconds", 0.0)
         self.faults.append(Fault(kind=kind, until=time.monotonic() + seconds if seconds else 0.0, **facts))
@@ -99,6 +103,8 @@ def _send(
     request.send_response(status)
     length = headers.pop("Content-Length", None) if request.command == "HEAD" else None
     headers = {name: value for name, value in headers.items() if name.lower() != "content-length"}
+    if fault and fault.kind == "endless":
+        headers["Transfer-Encoding"] = "chunked"
     for name, value in {**headers, "Content-Length": length or str(len(data))}.items():
         request.send_header(name, value)
     request.end_headers()
@@ -106,6 +112,11 @@ def _send(
         return
     if fault and fault.kind == "truncate":
         request.wfile.write(data[: min(fault.n_bytes, max(0, len(data) - 1))])
+        _hang_up(request)
+    elif fault and fault.kind == "endless":
+        for _ in range(fault.n_bytes // _PIECE):
+            request.wfile.write(b"%x\r\n%b\r\n" % (_PIECE, bytes(_PIECE)))
+            fault.n_sent += _PIECE
         _hang_up(request)
     elif fault and fault.kind == "slow":
         for start in range(0, len(data), fault.n_bytes):

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 from store_fixtures import IMPATIENT, Proxy, credentials
 
-from cache_spec.errors import ObjectMissing, StoreError, UserError
+from cache_spec import store as store_module
+from cache_spec.errors import CacheDamaged, ObjectMissing, StoreError, UserError
 from cache_spec.store import is_url, open_store
+from cache_spec.untrusted import MOST_BYTES
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -68,6 +70,44 @@ def test_what_is_missing_and_what_is_too_short_is_named(store):
             store.read_range("a/b", start, 4)
     with pytest.raises(StoreError, match="no key"):
         store.read("a/../b")
+
+
+def test_an_object_is_not_read_beyond_what_is_wanted(store):
+    store.put("a", b"0123456789")
+    assert store.read("a", 10) == b"0123456789"
+    with pytest.raises(CacheDamaged, match=re.escape(f"{store.url}/a has 10 bytes, and 9 are the most")):
+        store.read("a", 9)
+    store.put("empty", b"")
+    assert store.read("empty") == b""
+
+
+def test_an_object_of_a_terabyte_is_not_read_and_not_asked_for_twice(tmp_path):
+    pytest.importorskip("obstore")
+    store = open_store(f"file://{tmp_path}", IMPATIENT)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CacheDamaged, match=f"large has {2**40:,} bytes, and {MOST_BYTES:,} are the most"):
+        store.read("large")
+
+
+@pytest.mark.parametrize("read", ["whole", "a range"])
+def test_a_server_whose_answer_does_not_end_is_not_listened_to(store_url, proxy: Proxy, read):
+    """Its headers tell of 200 bytes, or of those that were asked for; what comes is a gigabyte."""
+    store = open_store(store_url, IMPATIENT)
+    store.put("a", b"0" * 200)
+    proxy.fail("endless", times=1000, n_bytes=2**30)
+    with pytest.raises(StoreError, match=f"{store_url}/a did not come through .more than"):
+        store.read("a") if read == "whole" else store.read_range("a", 10, 100)
+    assert proxy.n_failed == IMPATIENT.n_tries
+    assert proxy.faults[0].n_sent < 2**27  # what fits into the buffers of sockets
+
+
+def test_a_listing_without_an_end_is_not_waited_for(store, monkeypatch):
+    for i in range(4):
+        store.put(f"a/{i}", b"")
+    monkeypatch.setattr(store_module, "_MOST_KEYS", 3)
+    with pytest.raises(CacheDamaged, match=re.escape(f"{store.url} lists more than 3 objects")):
+        store.list()
 
 
 def test_a_large_file_goes_in_parts(store_url, proxy: Proxy, tmp_path):
