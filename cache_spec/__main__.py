@@ -67,7 +67,7 @@ def verify(cache: CachePlace, as_json: Json = False) -> None:
         raise_if_not_whole(place, problems)
         return
     for problem in problems:
-        print(f"{problem.kind}: {problem.file} {problem.what}")
+        print(printable(f"{problem.kind}: {problem.file} {problem.what}"))
     raise_if_not_whole(place, problems)
     print(printable(f"{place} is whole: {bytes_for_people(n_bytes)}, every checksum matches"))
 
@@ -111,7 +111,7 @@ def push(
         sizes = {"README.md": len(plan.card.encode())} | {
             name: path.stat().st_size for name, path in plan.files.items()
         }
-        print("\n".join([*(f"{size:>15,}  {name}" for name, size in sizes.items()), "", plan.card]))
+        print(printable("\n".join([*(f"{size:>15,}  {name}" for name, size in sizes.items()), "", plan.card])))
         print(f"{len(sizes):,} files, {bytes_for_people(sum(sizes.values()))}; nothing was sent")
         return
     with Progress(f"push {cache.name}", bytes_to_push(plan), "bytes") as progress:

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from cache_spec.untrusted import printable
+
 LINE_EVERY_S = 5.0
 
 
@@ -20,11 +22,11 @@ class Progress:
         self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=total > 9999) if on_terminal else None
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Count `n` more units as done; `note` is a short status such as a loss."""
-        self._done, self._note = self._done + n, note or self._note
+        """Count `n` more units as done; `note` is a short status such as a loss, or a name that a stranger chose."""
+        self._done, self._note = self._done + n, printable(note) or self._note
         if self._bar is not None:
             if note:
-                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.set_postfix_str(self._note, refresh=False)
             self._bar.update(n)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._print_line()

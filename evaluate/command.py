@@ -8,6 +8,7 @@ from pathlib import Path
 from cache_spec.copies import Copies
 from cache_spec.errors import UserError
 from cache_spec.files import readable_json, remove_stale_partials_of, write_file
+from cache_spec.untrusted import printable
 from evaluate import wording
 from evaluate.cases import REPORT
 from evaluate.columns import Column
@@ -51,7 +52,7 @@ def run(
     asked = Asked(metrics=chosen, device=device, seed=seed, out=out, sources=sources or TextSources(), fresh=fresh)
     measured = measure(complete, asked, cache=cache, copies=copies, saes=saes, hook=hook, left_out=left_out)
     for name, why in measured.left_out.items():
-        print(f"note: left out {name}: {why}")
+        print(printable(f"note: left out {name}: {why}"))
     alone = (out / FACTS).is_file()
     write_reports(measured, chosen, out, with_json=not alone)
     if alone:
@@ -103,9 +104,13 @@ def write_reports(measured: Measured, metrics: Sequence[Metric], out: Path, *, w
         write_file(out / REPORT, readable_json(report))
     write_file(out / PAGE, render(measured, comparison, columns).encode())
     print(f"\n{wording.terminal_table(comparison, columns)}\n")
-    print(*wording.verdict_lines(comparison, columns), sep="\n")
-    for names, fault in wording.faults(comparison.unreliable, columns):
-        print(f"unreliable here: {names} ({fault})")
-    for caution in comparison.cautions:
-        print(f"caution: {caution}")
-    print(*wording.multiplicity(comparison), sentence, (out / PAGE).resolve(), sep="\n")
+    faults = wording.faults(comparison.unreliable, columns)
+    lines = [
+        *wording.verdict_lines(comparison, columns),
+        *(f"unreliable here: {names} ({fault})" for names, fault in faults),
+        *(f"caution: {caution}" for caution in comparison.cautions),
+        *wording.multiplicity(comparison),
+        sentence,
+        str((out / PAGE).resolve()),
+    ]
+    print(printable("\n".join(lines)))

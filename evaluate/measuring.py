@@ -12,6 +12,7 @@ from cache_spec import ActivationCache, CacheError, HookPlan, UserError
 from cache_spec.copies import Copies
 from cache_spec.progress import Progress
 from cache_spec.remote import open_cache
+from cache_spec.untrusted import printable
 from evaluate.bench import make_bench
 from evaluate.cases import Case, Place, check_run, control_cases, run_cases
 from evaluate.controls import mean_l0
@@ -182,7 +183,7 @@ def _measure_group(group: _Group, bench: Bench, asked: Asked, measured: Measured
         missing.append(f"{STABILITY} is not measured: it compares seeds of one recipe, and no recipe has two")
     for sentence in missing:
         if sentence not in measured.missing:
-            print(f"note: {sentence}")
+            print(printable(f"note: {sentence}"))
             measured.missing.append(sentence)
     if any(metric.name == "first_letter" for metric in usable):
         widths = sorted({case.recipe.d_sae for case in cases if case.recipe.kind in (TRAINED, PRETRAINED)})
@@ -243,7 +244,8 @@ def _measure_cases(
                 unwritable.setdefault(why, []).append(str(case.report.parent))
             progress.advance(note=case.name)
     for why, folders in unwritable.items():
-        print(f"note: {', '.join(dict.fromkeys(folders))} cannot be written to ({why}), so it is measured again")
+        named = ", ".join(dict.fromkeys(folders))
+        print(printable(f"note: {named} cannot be written to ({why}), so it is measured again"))
 
 
 def _measure_case(case: Case, metrics: Sequence[Metric], missing: Sequence[str]) -> dict[str, Any]:

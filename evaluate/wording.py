@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from cache_spec.untrusted import printable
 from evaluate.columns import Column, column_of
 from evaluate.compare import (
     CLAIM,
@@ -275,7 +276,8 @@ def terminal_table(comparison: Comparison, columns: Mapping[str, Column]) -> str
     rows = [["", "seeds", *(columns[name].short or name for name in shown)]]
     for recipe, table in list(tables.items())[:MAX_ROWS]:
         n = max((estimate.n for estimate in table.values()), default=0)
-        rows.append([named[recipe], str(n), *(_cell(table[name]) if name in table else "" for name in shown)])
+        label = printable(" ".join(named[recipe].split()))
+        rows.append([label, str(n), *(_cell(table[name]) if name in table else "" for name in shown)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cache_spec.untrusted import printable
 from evaluate.features.folder import check_place
 from evaluate.features.gather import Asked, gather
 from evaluate.features.site import MADE_BY, about, write_site
@@ -13,7 +14,7 @@ def run_features(asked: Asked, out: Path) -> None:
     found = gather(asked)
     said = about(found)
     if said["missing"]:
-        print(f"note: {said['missing']}")
+        print(printable(f"note: {said['missing']}"))
     facts = {
         "run": found.run.name,
         "cache_id": found.run.cache_id,
@@ -23,5 +24,5 @@ def run_features(asked: Asked, out: Path) -> None:
     }
     n_bytes = write_site(found, out, facts)
     n = len(found.shown)
-    print(f"{n:,} latent{'s' if n > 1 else ''}, {said['dead']:,} of them dead, from {said['rows']}")
+    print(printable(f"{n:,} latent{'s' if n > 1 else ''}, {said['dead']:,} of them dead, from {said['rows']}"))
     print(f"{n_bytes:,} bytes, {n_bytes / n:,.0f} a latent; open {(out / 'index.html').resolve()}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
+from cache_spec.untrusted import printable
 from evaluate.features.folder import check_place, facts_of, whole_folder
 from evaluate.features.gather import Asked, Found, gather
 from evaluate.features.site import about
@@ -82,9 +83,8 @@ def _write(
     with whole_folder(out, facts) as folder:
         uploads, n_live = write_export(found, names, folder)
     left = len(found.shown) - n_live
-    print(
-        f"{len(found.shown):,} latents of {found.run.name} as {names.model}/{names.source}, from {about(found)['rows']}"
-    )
+    what = f"{len(found.shown):,} latents of {found.run.name} as {names.model}/{names.source}"
+    print(printable(f"{what}, from {about(found)['rows']}"))
     print(f"{n_live:,} of them in {counted(uploads)}" + (f"; {left:,} never fire and are left out" if left else ""))
     print((out / names.model / names.source).resolve())
 

@@ -14,7 +14,7 @@ from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, s
 from cache_spec.errors import UserError
 from cache_spec.files import canonical_json, write_file
 from cache_spec.progress import Progress
-from cache_spec.untrusted import MOST_BYTES, json_of, read_bounded
+from cache_spec.untrusted import MOST_BYTES, json_of, printable, read_bounded
 
 KEY = "NEURONPEDIA_API_KEY"  # the environment variable; the key is never written anywhere
 URL = "https://www.neuronpedia.org"
@@ -138,9 +138,5 @@ def _advice(code: int) -> str:
 
 def _say(state: RetryCallState) -> None:
     assert state.outcome is not None
-    print(
-        f"upload: {state.outcome.exception()}; goes on in {state.upcoming_sleep:.0f} s "
-        f"(attempt {state.attempt_number + 1} of {_ATTEMPTS})",
-        file=sys.stderr,
-        flush=True,
-    )
+    then = f"goes on in {state.upcoming_sleep:.0f} s (attempt {state.attempt_number + 1} of {_ATTEMPTS})"
+    print(printable(f"upload: {state.outcome.exception()}; {then}"), file=sys.stderr, flush=True)

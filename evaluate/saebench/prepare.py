@@ -15,6 +15,7 @@ from pathlib import Path
 from cache_spec.errors import UserError
 from cache_spec.files import readable_json
 from cache_spec.markdown import plain
+from cache_spec.untrusted import printable
 from evaluate.saebench.run_saebench import NAMES
 from train.pushing import without_paths
 from train.run_folder import CFG, WEIGHTS, TrainedRun, load_run
@@ -75,7 +76,7 @@ def prepare(run_folder: Path, out: Path, *, evals: Sequence[str] = (), model_nam
         llm_dtype=dtype,
         llm_batch_size=batch_size,
         evals=chosen,
-        warnings=tuple(_warnings(run, model, chosen)),
+        warnings=tuple(map(printable, _warnings(run, model, chosen))),
     )
     _write(run_folder, out, prepared)
     return prepared

@@ -53,6 +53,7 @@ def export(
         raise UserError(f"{run} cannot become a folder of {to}: {error}") from None
     target = out / made.subfolder
     write_folder(target, made.files)
-    print(f"{target}: {', '.join(made.files)} ({made.kind}, {stored.sae.d_model} -> {stored.sae.d_sae} latents)")
+    what = f"{made.kind}, {stored.sae.d_model} -> {stored.sae.d_sae} latents"
+    print(printable(f"{target}: {', '.join(made.files)} ({what})"))
     for note in (*made.notes, *stored.notes):
         print(printable(f"note: {note}"))

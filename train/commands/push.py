@@ -31,6 +31,7 @@ def push(
     """
     # These import torch, which takes seconds; --help should not.
     from cache_spec.hub import Repository
+    from cache_spec.untrusted import printable
     from train.card import model_card
     from train.pushing import files_to_push, push_files, read_report, read_runs
 
@@ -40,7 +41,7 @@ def push(
     files = files_to_push(found, read_report(runs), card)
     sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in files.items()}
     if dry_run:
-        print("\n".join([*(f"{size:>15,}  {name}" for name, size in sizes.items()), "", card]))
+        print(printable("\n".join([*(f"{size:>15,}  {name}" for name, size in sizes.items()), "", card])))
         print(f"{len(sizes):,} files, {sum(sizes.values()):,} bytes; nothing was sent")
         return
     push_files(files, repository, private=private)
