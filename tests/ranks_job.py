@@ -26,7 +26,7 @@ from cache_spec.command import heed, run_command
 from train import sharing, watch
 from train.loader import MixedBatchLoader
 from train.passes import needed_bytes
-from train.ranks import joined, read_parallel, read_rank
+from train.ranks import joined, read_rank
 from train.step import TrainRun
 from train.sweep import Unfinished, failures_sentence, train_sweep
 
@@ -40,9 +40,8 @@ FAILING = [run_config("topk", name="failing", lr=1e30), run_config("topk")]
 
 def train(cache: Path, out: Path, *, resume: bool = False, passes: bool = False, failing: bool = False) -> None:
     """One rank of a sweep, as the command runs it. `passes`: there is memory for half of a rank's runs."""
-    rank = read_rank(os.environ)
     runs = FAILING if failing else RUNS
-    with joined(rank, parallel=read_parallel("", rank), device="cpu") as team:
+    with joined(read_rank(os.environ), parallel="", device="cpu") as team:
         loader = MixedBatchLoader(ActivationCache.open(cache), JOB_DATA, team=team)
         memory = 2 * needed_bytes(runs[:1], loader, 1) if passes else None
         facts = train_sweep(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from parallel_fixtures import logs, ranks
 
 from cache_spec import UserError
 from train.preparing import spread
@@ -26,6 +27,8 @@ def test_a_process_that_nobody_started_as_one_of_several_is_alone():
     found = read_rank({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"})
     assert (found.index, found.count, found.host, found.pid) == (0, 1, socket.gethostname(), os.getpid())
     assert read_parallel("", found) == read_parallel("sweep", found) == ""
+    with pytest.raises(UserError, match="--parallel layers"), joined(found, parallel="layers", device="cpu"):
+        pass
 
 
 def test_torchrun_says_which_rank_a_process_is():
@@ -56,6 +59,15 @@ def test_variables_that_cannot_be_are_refused(environ, words):
 def test_an_unknown_way_to_share_the_work_is_refused():
     with pytest.raises(UserError, match="--parallel layers is unknown; it is one of sweep, data, latents"):
         read_parallel("layers", rank(0, 2))
+
+
+def nothing(team):
+    raise AssertionError("the job began")
+
+
+def test_what_no_rank_can_do_is_said_by_one(tmp_path):
+    assert ranks(nothing, 2, "layers", tmp_path) == [2, 2]
+    assert logs(tmp_path).count("--parallel layers is unknown") == 1
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

@@ -18,7 +18,7 @@ from train.options import Options
 from train.parallel.limits import refuse_spread
 from train.passes import free_memory, parse_memory
 from train.preparing import shares_of
-from train.ranks import Team, joined, read_parallel, read_rank
+from train.ranks import Team, joined, read_rank
 from train.reading import before_training, read_device, read_hook, read_lists, with_preset
 from train.report import keep_freed_memory, plan_facts, print_plan, print_preset, print_results
 from train.sweep import Unfinished, failures_sentence, train_sweep
@@ -31,9 +31,7 @@ def run(options: Options, given: Set[str]) -> None:
 
     Raises UserError, before anything is written, for what cannot be done, and Unfinished in the end if a run failed.
     """
-    rank = read_rank(os.environ)
-    parallel = read_parallel(options.parallel, rank)
-    with joined(rank, parallel=parallel, device=options.device) as team:
+    with joined(read_rank(os.environ), parallel=options.parallel, device=options.device) as team:
         _run(options, given, team)
 
 

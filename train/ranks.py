@@ -169,24 +169,25 @@ def alone() -> Team:
 @contextmanager
 def joined(rank: Rank, *, parallel: str, device: str) -> Iterator[Team]:
     """The team of this process's job, for as long as it works. A process alone is a team of one, without ado.
+    `parallel` as for `read_parallel`; what is wrong with it, or with anything that comes later, is spoken once.
 
     With several, only the first rank speaks: the others log warnings under their names, and an error that another has
     is spoken once. A rank that dies ends the job on all ranks, which then raise UserError with its name.
     """
     if rank.count == 1:
-        yield Team(rank=rank, members=(rank,), device=device)
+        yield Team(rank=rank, members=(rank,), device=device, parallel=read_parallel(parallel, rank))
         return
     with interrupted_once() as interrupted:
         if rank.index:
             _speak_by_name(rank)
         store = _meet(rank)
         members = _members(store, rank)
-        keeps = parallel == "sweep"
+        keeps = (parallel or PARALLEL[0]) == PARALLEL[0]
         with (
             Watch(store.clone(), rank, members, interrupted=interrupted, keeps=keeps) as watch,
             _ended_together(rank, watch),
         ):
-            device = local_device(device, rank)
+            parallel, device = read_parallel(parallel, rank), local_device(device, rank)
             team = Team(rank=rank, members=members, device=device, parallel=parallel, store=store, watch=watch)
             try:
                 if parallel != "sweep":  # a sweep's ranks exchange no tensors
