@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import itertools
 import os
 import random
 import signal
@@ -17,8 +18,10 @@ import evaluate.__main__
 import harvest.__main__
 import train.__main__
 from cache_spec.command import app_for, run_command
+from cache_spec.store import Store
 
 CALLS = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rmdir")  # that change what others see
+REQUESTS = ("read", "read_range", "size", "sizes", "put", "put_file", "create", "copy", "delete")  # of a Store
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PATIENCE_S = 120  # a child that takes longer hangs
 _REAL = {name: getattr(os, name) for name in (*CALLS, "close")}
@@ -33,18 +36,23 @@ class Ended:
     said: str
     struck: bool
     n_calls: int
+    n_requests: int  # of an object store
     modules: tuple[str, ...]  # that it imported; empty if it was killed
 
 
 class Counter:
-    """Counts a process' calls of CALLS, and does something at one of them."""
+    """Counts a process' calls of CALLS and its REQUESTS, and does something at one of them."""
 
     def __init__(self, note: Path) -> None:
         self._note = note
         self.n = 0
         self.strike: Callable[[int, str, tuple], None] = lambda n, name, arguments: None
+        self.ask: Callable[[int, str, str], None] = lambda n, name, key: None
+        self.requests = itertools.count()  # of many threads
         for name in CALLS:
             setattr(os, name, self._counted(name))
+        for name in REQUESTS:
+            setattr(Store, name, self._asked(getattr(Store, name)))
 
     def _counted(self, name: str) -> Callable:
         real = (lambda fd: None) if name == "fsync" else _REAL[name]  # a killed process loses nothing it has written
@@ -55,6 +63,13 @@ class Counter:
             return real(*arguments, **options)
 
         return call
+
+    def _asked(self, real: Callable) -> Callable:
+        def ask(store: Store, key: str = "", *arguments, **options):
+            self.ask(next(self.requests), real.__name__, key)
+            return real(store, key, *arguments, **options)
+
+        return ask
 
     def note(self, word: str) -> None:
         """Tell the parent, past the calls that are counted."""
@@ -80,6 +95,7 @@ def start(commands: Sequence[Sequence[str]], arm: Arm, note: Path, said: int) ->
         arm(counter)
         code = next(filter(None, map(_run, commands)), 0)
         counter.note(f"calls {counter.n}")
+        counter.note(f"requests {next(counter.requests)}")
         counter.note(f"modules {' '.join(sys.modules.keys() - before)}")
     finally:
         sys.stderr.flush()
@@ -134,14 +150,15 @@ def _ended(child: int, note: Path, said: Path) -> Ended:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     notes = note.read_text().splitlines() if note.exists() else []
     found = {word: rest.split() for word, _, rest in (line.partition(" ") for line in notes)}
-    n_calls, modules = int(found.get("calls", ["0"])[0]), tuple(found.get("modules", ()))
-    return Ended(code, said.read_text(errors="replace"), "struck" in notes or code < 0, n_calls, modules)
+    n_calls, n_requests = (int(found.get(name, ["0"])[0]) for name in ("calls", "requests"))
+    struck, modules = "struck" in notes or code < 0, tuple(found.get("modules", ()))
+    return Ended(code, said.read_text(errors="replace"), struck, n_calls, n_requests, modules)
 
 
 def warm_up(modules: Sequence[str]) -> None:
     """Import what a child had to, so that the next ones need not."""
     for name in sorted(modules):
-        if importlib.util.find_spec(name) is not None:
+        if name not in sys.modules and importlib.util.find_spec(name) is not None:
             importlib.import_module(name)
 
 
@@ -170,6 +187,20 @@ def killed_at(call: int, number: int = signal.SIGKILL) -> Arm:
                 os.kill(os.getpid(), number)
 
         counter.strike = strike
+
+    return arm
+
+
+def killed_when(is_time: Callable[[int, str, str], bool]) -> Arm:
+    """kill -9 arrives just before the request of a store, of such a number, name and key, for which it is time."""
+
+    def arm(counter: Counter) -> None:
+        def ask(n: int, name: str, key: str) -> None:
+            if is_time(n, name, key):
+                counter.note("struck")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        counter.ask = ask
 
     return arm
 

@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from child import FULL, after, failing_at, jumping_clock, killed_at
+from child import FULL, after, failing_at, jumping_clock, killed_at, killed_when
 from promises import Trials, killed, names_of, prepare, refused, stopped, unharmed, until
 from stages import Stage, Wrong, make_stage
 
 import evaluate.bench
 from cache_spec import UserError
+from cache_spec.layout import RECORDS, UPLOADS
 
 DISK_BYTES = 100_000_000
 FAULTS: dict[str, Callable[[Trials, float, int], None]] = {}
@@ -47,6 +48,38 @@ def _moment(trials: Trials, seconds: float, n_calls: int) -> None:
 @fault("kill -9 at a random system call")
 def _call(trials: Trials, seconds: float, n_calls: int) -> None:
     trials.strike(killed_at(trials.rng.randrange(n_calls)), killed)
+
+
+@fault("kill -9 of one of two")
+def _one_of_two(trials: Trials, seconds: float, n_calls: int) -> None:
+    trials.strike_one_of_two(trials.rng.uniform(0, seconds))
+
+
+@fault("kill -9 at a random request to the store")
+def _request(trials: Trials, seconds: float, n_calls: int) -> None:
+    number = trials.rng.randrange(trials.stage.n_requests)
+    trials.strike(killed_when(lambda n, name, key: n >= number), killed)
+
+
+COMMIT = {  # the request to the store that comes after each step
+    "the uploads": lambda name, key: name == "create" and key.startswith(UPLOADS),
+    "the choice of a writer": lambda name, key: name == "read" and key.startswith(UPLOADS),
+    "a copy": lambda name, key: name == "copy",
+    "the copies": lambda name, key: name == "create" and key.startswith(RECORDS),
+    "the record": lambda name, key: name == "delete" and key.startswith(UPLOADS),
+}
+
+
+@fault("kill -9 between the steps of a commit to the store")
+def _step(trials: Trials, seconds: float, n_calls: int) -> None:
+    comes = COMMIT[list(COMMIT)[trials.n_done % len(COMMIT)]]
+    left = [trials.rng.randrange(2)]  # of the first shard or of the second, if both are missing
+
+    def is_time(n: int, name: str, key: str) -> bool:
+        left[0] -= comes(name, key)
+        return left[0] < 0
+
+    trials.strike(killed_when(is_time), killed)
 
 
 def _signal(number: int, trials: Trials, seconds: float, n_calls: int) -> None:

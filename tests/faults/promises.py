@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from child import Arm, Ended, run, run_together, warm_up
+from child import Arm, Ended, after, run, run_together, warm_up
 from stages import Stage, Wrong
 
 from cache_spec import derive_seed
@@ -82,6 +82,19 @@ class Trials:
         self.outcomes["one did it, one sentence to the other" if refused_one else "both ended well"] += 1
         self.mend()
 
+    def strike_one_of_two(self, seconds: float) -> None:
+        """The command twice at once, and kill -9 of one of them: the other makes all that is missing."""
+        out = self.out()
+        commands = self.stage.arguments(out)
+        struck, other = run_together([commands, commands], meanwhile=after(seconds, signal.SIGKILL))
+        if other.code:
+            raise Wrong(f"{self.fault}: {self.stage.name} ended with {other.code}: {other.said[-2000:]}")
+        if missing := self.stage.seen(self.stage.whole).keys() - self.stage.seen(out).keys():
+            raise Wrong(f"{self.fault}: {self.stage.name} left undone what the killed one was at: {sorted(missing)}")
+        if struck.struck:
+            self.outcomes[f"the other made the rest, {killed(self, struck).partition('to ')[2]}"] += 1
+        self.mend()
+
     def out(self) -> Path:
         """Where the stage is at work now."""
         if self._out is None:
@@ -102,8 +115,8 @@ class Trials:
         self._out, self._in_chain = None, 0
 
     def _keeps(self, before: dict[str, int], out: Path) -> None:
-        after = self.stage.seen(out)
-        if lost := sorted(name for name, step in before.items() if after.get(name, 0) < step):
+        seen = self.stage.seen(out)
+        if lost := sorted(name for name, step in before.items() if seen.get(name, 0) < step):
             raise Wrong(f"{self.fault}: {self.stage.name} lost what was committed: {lost[:5]}")
 
 
@@ -163,7 +176,8 @@ def prepare(stage: Stage, folder: Path) -> tuple[float, int]:
         if ended.code:
             raise Wrong(f"{stage.name} does not work without a fault: {ended.said[-2000:]}")
         warm_up(ended.modules)
-    stage.whole = out
+    stage.bring(out)
+    stage.whole, stage.n_requests = out, ended.n_requests
     return seconds, ended.n_calls
 
 

@@ -1,9 +1,14 @@
 """The four commands as a fault meets them: what each is started with, and what a reader may see of it afterwards."""
 
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import quote
+from xml.etree import ElementTree
 
 from evaluate_fixtures import small_cache, write_four_runs
 from harvest_fixtures import save_model, write_text
@@ -17,6 +22,8 @@ from train.names import available
 from train.run_folder import COMPLETE, read_facts
 from train.sweep import train_sweep
 
+CLAIMED, STORED = "harvest --shard claim", "harvest into a store"
+STORE_URL = "GRANARY_FAULT_STORE"  # the variable with the URL of an empty place in a store
 FINISHED = 10**9  # more than any step
 Progress = dict[str, int]
 """What is committed, by name, and how far each is."""
@@ -38,14 +45,18 @@ class Stage:
     arguments: Callable[[Path], list[list[str]]]
     look: Callable[[Path, Path], Progress]
     start: Callable[[Path], object] = lambda out: None
+    bring: Callable[[Path], object] = lambda out: None  # to `out` what the command made elsewhere
+    n_requests: int = field(default=0, init=False)  # to an object store, of a run without any fault
     whole: Path = field(default=Path(), init=False)  # what a run without any fault made
 
     def seen(self, out: Path) -> Progress:
         """What is committed at `out`."""
+        self.bring(out)
         return self.look(out, self.whole)
 
     def check_whole(self, out: Path) -> None:
         """Raises Wrong unless every file is there, byte for byte, and no other."""
+        self.bring(out)
         found, wanted = contents_of(out), contents_of(self.whole)
         if names := sorted(found.keys() ^ wanted.keys()):
             raise Wrong(f"{self.name}: {names[:5]} are left over or missing")
@@ -62,18 +73,69 @@ def contents_of(out: Path) -> dict[str, bytes]:
 def make_stage(name: str, folder: Path) -> Stage:
     """A stage and the small inputs it needs, in a new folder."""
     folder.mkdir()
-    return {"harvest": _harvest, "train": _train, "evaluate": _evaluate, "export": _export}[name](folder)
+    made = {"harvest": _harvest, "train": _train, "evaluate": _evaluate, "export": _export}
+    return (made | {CLAIMED: _claimed, STORED: _stored})[name](folder)
+
+
+def _words(folder: Path, n_tokens: int) -> list[str]:
+    model, text = save_model(folder / "model"), write_text(folder / "text.txt", 400)
+    words = ["--layers", "1", "--tokens", str(n_tokens), "--context", "32", "--held-out", "0.2"]
+    return ["harvest", "--model", str(model), "--dataset", str(text), *words]
 
 
 def _harvest(folder: Path) -> Stage:
-    model, text = save_model(folder / "model"), write_text(folder / "text.txt", 400)
-    words = ["--layers", "1", "--tokens", "6144", "--context", "32", "--held-out", "0.2"]
+    words = _words(folder, 6144)
     return Stage(
         name="harvest",
         inputs=folder,
-        arguments=lambda out: [["harvest", "--model", str(model), "--dataset", str(text), *words, "--out", str(out)]],
+        arguments=lambda out: [[*words, "--out", str(out)]],
         look=look_at_cache,
     )
+
+
+def _claimed(folder: Path) -> Stage:
+    words = [*_words(folder, 6144), "--shard", "claim"]
+    return Stage(name=CLAIMED, inputs=folder, arguments=lambda out: [[*words, "--out", str(out)]], look=look_at_cache)
+
+
+def _stored(folder: Path) -> Stage:
+    """Two shards, each an upload and a copy of twenty files; into the bucket whose URL the environment has."""
+    words, url = [*_words(folder, 2048), "--shard", "claim"], os.environ[STORE_URL]
+
+    def arguments(out: Path) -> list[list[str]]:
+        return [[*words, "--out", f"{url}/{out.name}", "--scratch", str(out / "scratch")]]
+
+    return Stage(
+        name=STORED,
+        inputs=folder,
+        arguments=arguments,
+        look=lambda out, whole: look_at_cache(out / "store", whole / "store"),
+        bring=lambda out: bring_objects(f"{url}/{out.name}", out / "store"),
+    )
+
+
+def bring_objects(url: str, folder: Path) -> None:
+    """All objects below a URL of S3, and no others, as files. By plain requests: obstore and a fork do not go together.
+
+    The server of the tests lets in whoever says who he is.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    with closing(HTTPConnection(os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"), timeout=30)) as server:
+
+        def get(path: str) -> bytes:
+            server.request("GET", path, headers={"Authorization": "AWS someone"})
+            answer = server.getresponse()
+            assert answer.status == 200, f"{path}: {answer.status}"
+            return answer.read()
+
+        listing = ElementTree.fromstring(get(f"/{bucket}?list-type=2&prefix={quote(key)}/"))
+        assert listing.findtext("{*}IsTruncated") == "false"
+        for name in (found.text or "" for found in listing.iterfind("{*}Contents/{*}Key")):
+            path = folder / name.removeprefix(f"{key}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(get(f"/{bucket}/{quote(name)}"))
 
 
 def look_at_cache(out: Path, whole: Path) -> Progress:

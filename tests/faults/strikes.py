@@ -36,7 +36,12 @@ def keeps_its_promises(stage: str, n_kills: int, tally: Callable, folder: Path) 
     wanted = {"kill -9 at a random moment": each // 2, "kill -9 at a random system call": each - each // 2}
     others = OTHERS | ({"the cache is deleted meanwhile": 3} if stage == "train" else {}) | (MOUNTED if alone else {})
     wanted |= {fault: max(n, each // 10) for fault, n in others.items()}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    strike(stage, wanted, tally, folder, alone=alone)
+
+
+def strike(stage: str, wanted: dict[str, int], tally: Callable, folder: Path, *, alone: bool = False, **more: str):
+    """So many of each fault, which are counted; `more`: variables of the environment."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
     command = [sys.executable, PROGRAM, folder, stage, *(f"{fault}={n}" for fault, n in wanted.items())]
     command = ["unshare", "-rm", *command] if alone else command
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
