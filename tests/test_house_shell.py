@@ -51,7 +51,7 @@ def test_the_exit_codes_are_those_of_the_code():
     codes = {int(code) for text in texts for code in re.findall(r"^    exit_code = (\d+)$", text, re.MULTILINE)}
     assert {int(code) for code in table("code")} == codes | {0, INTERRUPTED}
     by_hand = [path.name for path in paths if re.search(r"sys\.exit\(|typer\.Exit\(|os\._exit\(", path.read_text())]
-    assert sorted(by_hand) == ["command.py", "watch.py"], "which end a process that imports torch, and a rank that hangs"
+    assert sorted(by_hand) == ["command.py", "watch.py"], "ends of an import of torch, and of a rank that hangs"
 
 
 def test_each_code_up_to_2_is_seen(whole, unfinished, tmp_path):
