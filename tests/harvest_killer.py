@@ -1,7 +1,7 @@
 """Kills harvests at random moments and looks at what they leave. A program, so that it may fork.
 
-python tests/harvest_killer.py FOLDER MODEL TEXT N_PROCESSES N_KILLS prints one line for each fault, and how often it
-met a cache in each state.
+python tests/harvest_killer.py FOLDER MODEL TEXT N_KILLS N_PROCESSES ... prints for each number of processes how often
+kills met a cache in each state, or WRONG: and what did not hold.
 """
 
 import os
@@ -32,7 +32,6 @@ def start(harvest, out: Path, index: int, count: int) -> int:
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
         harvest(out, Share(index=index, count=count, source="--shard" if count > 1 else ""))
     finally:
         os._exit(0 if sys.exc_info()[0] is None else 1)
@@ -66,21 +65,29 @@ def state_of(out: Path, whole: ActivationCache) -> str:
     return state if cache.shards else "no shard"
 
 
-def main(folder: Path, model: str, text: Path, n_processes: int, n_kills: int) -> None:
+def main(folder: Path, model: str, text: Path, n_kills: int, crews: list[int]) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a killed process loses nothing that the system has taken
     loaded = load_model(model)
     request = request_for(loaded, text)
-    rng = random.Random(derive_seed("tests/kill", n_processes))
 
     def harvest(out: Path, share: Share) -> None:
         run.harvest(loaded, request, out, share=share)
 
-    assert finished([start(harvest, folder / "whole", 0, 1)])
+    assert finished([start(harvest, folder / "whole", 0, 1)]), "a harvest alone failed"
+    for n_processes in crews:
+        (folder / str(n_processes)).mkdir()
+        seen, kills = kill_crews(harvest, folder / str(n_processes), folder / "whole", n_processes, n_kills)
+        print(f"{kills} kills of {n_processes}", dict(seen), flush=True)  # before the next fork
+
+
+def kill_crews(harvest, folder: Path, whole_path: Path, n_processes: int, n_kills: int) -> tuple[Counter, int]:
+    """Kill that many harvests of one cache, again and again, and look at what they leave: states seen, and kills."""
+    rng = random.Random(derive_seed("tests/kill", n_processes))
     begin = time.monotonic()  # as many at once as are killed: beside each other they take longer
-    assert finished([start(harvest, folder / "timed", i, n_processes) for i in range(n_processes)])
+    assert finished([start(harvest, folder / "timed", i, n_processes) for i in range(n_processes)]), "unkilled, failed"
     seconds = time.monotonic() - begin
-    whole, seen, kills, attempt = ActivationCache.open(folder / "whole"), Counter(), 0, 0
+    whole, seen, kills, attempt = ActivationCache.open(whole_path), Counter(), 0, 0
     while kills < n_kills:
         out, attempt = folder / str(attempt), attempt + 1
         while kills < n_kills and (not out.exists() or state_of(out, whole) != "whole"):
@@ -91,16 +98,16 @@ def main(folder: Path, model: str, text: Path, n_processes: int, n_kills: int) -
                 os.kill(child, signal.SIGKILL)
             kills += not finished(children)
             seen[state_of(out, whole)] += 1
-        assert finished([start(harvest, out, i, n_processes + 1) for i in range(n_processes + 1)])
-        assert state_of(out, whole) == "whole"
-        left, wanted = files_of(out), files_of(folder / "whole")
+        assert finished([start(harvest, out, i, n_processes + 1) for i in range(n_processes + 1)]), "does not go on"
+        assert state_of(out, whole) == "whole", "not whole after all"
+        left, wanted = files_of(out), files_of(whole_path)
         assert left.keys() == wanted.keys(), left.keys() ^ wanted.keys()
         assert not (unlike := [name for name in wanted if left[name] != wanted[name]]), unlike
-    print(f"{kills} kills", dict(seen))
+    return seen, kills
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), [int(n) for n in sys.argv[5:]])
     except (AssertionError, CacheError) as fault:
         raise SystemExit(f"WRONG: {fault}") from fault
