@@ -4,10 +4,13 @@ import functools
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 _SECONDS = 120
@@ -16,8 +19,14 @@ PARALLEL = ("data", "latents")
 
 @functools.cache
 def _server() -> Any:
+    """It has imported what a rank needs, also what torch imports at its first step."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "train.sweep", "train_fixtures"])
+    context.set_forkserver_preload(
+        ["pytest", "torch._dynamo", "torch.distributed.tensor", "train.sweep", "parallel_fixtures", "train_fixtures"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # else it finds nothing of this folder, and says nothing
+        forkserver.ensure_running()
     return context
 
 
