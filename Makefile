@@ -52,7 +52,7 @@ setup: .venv/installed  ## make .venv and install what constraints.txt pins (tor
 DEMO ?= demo
 DEMO_SIZE ?= full
 DEMO_SEEDS_full := 0,1,2
-DEMO_SEEDS_small := 0,1
+DEMO_SEEDS_small := 0
 DEMO_HARVEST_full := 400k
 DEMO_HARVEST_small := 100k
 DEMO_TRAIN_full := 600k
