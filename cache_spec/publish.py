@@ -125,6 +125,8 @@ def settle(root: StorePath, plan: Plan, shard: int) -> None:
                 ) from error
             return
         store.create(record_file(shard), readable_json(seal(record)))
+        if store.size(record_file(shard)) is None:  # what follows takes away all that could make it
+            raise StoreError(f"{root / record_file(shard)} is not there after it was put; run the same command again")
     _remove(root, [_aside(shard, attempt, file) for file in sizes])
     store.delete(key)  # last: without it nobody would look for the rest
 

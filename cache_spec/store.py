@@ -185,9 +185,13 @@ class Store:
             n_tries += 1
             try:
                 obstore.put(self._once, key, data, mode="create", use_multipart=False)
-            except AlreadyExistsError:
-                # An earlier try may have arrived though its answer did not.
-                return n_tries > 1 and self.read(key) == data
+            except AlreadyExistsError as error:
+                if n_tries == 1 and self.size(key) is not None:
+                    return False
+                try:
+                    return self.read(key) == data  # an earlier try may have arrived though its answer did not
+                except ObjectMissing:  # S3 says 409 while somebody else is at the key, of whom nothing may come
+                    raise _Again(f"{_reason(error)}, but nothing is there") from error
             return True
 
         return self._ask(key, send, writing=True)
@@ -248,7 +252,7 @@ class Store:
                         f"{self.url} cannot be written: there is no such bucket; {_look(place)}"
                     ) from error
                 raise ObjectMissing(f"{place} is not there; check the URL, or make it again") from error
-            except (_WrongBody, BaseError, OSError) as error:
+            except (_Again, BaseError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # of our own disk
                 if refusal := _refusal(place, error):
@@ -262,8 +266,8 @@ class Store:
         raise AssertionError("there is at least one try")
 
 
-class _WrongBody(Exception):
-    """An answer with fewer or more bytes than it promised."""
+class _Again(Exception):
+    """Why an answer is none, and the request is made once more."""
 
 
 def _body(found: Any, n_bytes: int) -> bytes:
@@ -273,9 +277,9 @@ def _body(found: Any, n_bytes: int) -> bytes:
 
 def _whole(data: bytes, n_bytes: int) -> bytes:
     if len(data) > n_bytes:
-        raise _WrongBody(f"more than {n_bytes:,} bytes came")
+        raise _Again(f"more than {n_bytes:,} bytes came")
     if len(data) < n_bytes:
-        raise _WrongBody(f"{len(data):,} of {n_bytes:,} bytes came")
+        raise _Again(f"{len(data):,} of {n_bytes:,} bytes came")
     return data
 
 
@@ -314,7 +318,7 @@ def _status(text: str) -> str:
 def _reason(error: Exception) -> str:
     """What went wrong in a few words. The library's own text has headers and addresses, which may hold a signature."""
     text = str(error).partition("\n")[0]
-    if isinstance(error, _WrongBody):
+    if isinstance(error, _Again):
         return text
     if status := _status(text):
         return status

@@ -14,6 +14,7 @@ from store_fixtures import BUCKET, IMPATIENT, Proxy
 
 from cache_spec import CacheConflict, CacheDamaged, CacheIncomplete, CacheNotFound, verify_cache, write_shard
 from cache_spec.create import create_cache, finalize_cache
+from cache_spec.errors import StoreError
 from cache_spec.files import readable_json, seal
 from cache_spec.layout import PLAN, ROOT, UPLOADS, record_file, shard_files
 from cache_spec.publish import create_in_store, publish_shard, remove_uploads, settle_all
@@ -180,6 +181,36 @@ def test_a_faulty_network_does_not_show_in_the_cache(root, store_url, proxy: Pro
     finalize_cache(root)
     assert proxy.n_failed > 20
     assert verify_cache(root) == []
+
+
+@pytest.mark.parametrize("step", [f"{UPLOADS}/000000.json", record_file(0)], ids=["decision", "record"])
+def test_a_store_that_is_busy_at_a_key_for_a_moment_does_not_lose_the_shard(
+    root, store_url, proxy: Proxy, tmp_path, step
+):
+    root = place_of(store_url, IMPATIENT)  # through the proxy
+    assert isinstance(root, StorePath)
+    create_in_store(root, TINY, tmp_path)
+    proxy.fail("status", match=f"PUT /{BUCKET}/{root.store.url.partition(f'{BUCKET}/')[2]}/{step}", status=409)
+    publish_shard(root, TINY, 0, built(tmp_path / "mine", TINY, 0))
+    assert proxy.n_failed == 1
+    assert recorded_shards(root) == [0]
+    assert [p for p in verify_cache(root) if p.kind == DAMAGED] == []
+
+
+def test_what_was_put_aside_stays_until_the_record_is_seen(folder_root, tmp_path, monkeypatch):
+    create_in_store(folder_root, TINY, tmp_path)
+    mine, create = built(tmp_path / "mine", TINY, 0), Store.create
+
+    def lying(store: Store, key: str, data: bytes) -> bool:
+        return create(store, key, data) if key != record_file(0) else False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "create", lying)
+        with pytest.raises(StoreError, match=r"shards/000000.json is not there after it was put"):
+            publish_shard(folder_root, TINY, 0, mine)
+    assert settle_all(folder_root, TINY) == [0]
+    assert recorded_shards(folder_root) == [0]
+    assert [p for p in verify_cache(folder_root) if p.kind == DAMAGED] == []
 
 
 def test_several_processes_create_one_cache(root, tmp_path):

@@ -59,6 +59,20 @@ def test_of_several_creators_one_succeeds(store):
     assert not store.create("_granary/plan.json", b"by %d" % winner), "it is there, whoever asks"
 
 
+def test_a_create_that_met_another_request_is_made_again(store_url, proxy: Proxy):
+    """The 409 of S3 says that somebody is at the key, not that anything is there."""
+    store = open_store(store_url, IMPATIENT)
+    proxy.fail("status", match="PUT", status=409, times=2)
+    assert store.create("a", b"mine")
+    assert store.read("a") == b"mine"
+    proxy.fail("status", match="PUT", status=409)
+    assert not store.create("a", b"another's"), "it is there"
+    proxy.fail("status", match="PUT", status=409, times=1000)
+    with pytest.raises(StoreError, match=f"{store_url}/b did not come through .409 Conflict, but nothing.*4 tries"):
+        store.create("b", b"")
+    assert store.size("b") is None
+
+
 def test_what_is_missing_and_what_is_too_short_is_named(store):
     store.put("a/b", b"0123456789")
     with pytest.raises(ObjectMissing, match=re.escape(f"{store.url}/a/c is not there")):
