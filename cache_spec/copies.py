@@ -20,13 +20,17 @@ class Copies:
     patience: Patience = field(default_factory=Patience)
 
 
-def copies_for(place: str | Path | None, folder: Path | None, n_bytes: str) -> Copies:
-    """What --cache-dir and --cache-bytes ask for. Raises UserError if they are given for a cache in a folder."""
+def copies_for(place: str | Path | None, folder: str | None, n_bytes: str) -> Copies:
+    """What --cache-dir and --cache-bytes ask for. Raises UserError if they are given for a cache in a folder, or if
+    the former names none: "" would be the folder that the command is run in.
+    """
     if place is not None and not is_url(str(place)) and (folder is not None or n_bytes):
         option = "--cache-dir" if folder is not None else "--cache-bytes"
         raise UserError(f"{option} is for copies of a cache at a URL, and {place} is a folder; leave it out")
+    if folder is not None and (not folder or is_url(folder)):
+        raise UserError(f"--cache-dir is {folder!r:.200}; give a folder on this machine, or leave it out")
     return Copies(
-        folder=(folder or default_folder()).expanduser(),
+        folder=(default_folder() if folder is None else Path(folder)).expanduser(),
         n_bytes=parse_bytes(n_bytes or DEFAULT_BYTES, "--cache-bytes"),
     )
 

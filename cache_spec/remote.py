@@ -45,10 +45,11 @@ def open_cache(
         documents = dict(zip(names, pool.map(lambda name: read_document(root, name), names), strict=True))
     records = _listed(root, plan, documents[MANIFEST]) if attributes["status"] == COMPLETE else read_records(root, plan)
     check_documents(documents.__getitem__, str(root), plan, attributes, records)
-    folder = copies.folder / _folder_name(str(root), plan)
+    room = Room(copies.folder, copies.n_bytes)
+    folder = room.home(_folder_name(str(root), plan))
     if not (folder / PLAN).exists():
         write_file(folder / PLAN, readable_json(plan.to_json()))
-    mirror = Mirror(root.store, plan, records, folder, Room(copies.folder, copies.n_bytes))
+    mirror = Mirror(root.store, plan, records, folder, room)
     return ActivationCache.of(folder, mirror, plan, attributes, records, allow_partial=allow_partial, check=check)
 
 

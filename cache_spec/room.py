@@ -1,31 +1,40 @@
 """A folder of copies that may take so many bytes, shared by any number of processes.
 
+The folder may hold anything else. Copies are only in folders that were made for them here and say so, and of what is
+in those only files that are named as copies are: nothing else is counted, opened or removed.
+
 Whoever has a copy open, or a mapping of it, holds a shared lock on the file, and whoever writes one an exclusive lock;
 a killed process lets go of both. To make room, the copies that were opened longest ago and that nobody holds go first.
 """
 
 import fcntl
 import os
+import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from cache_spec.errors import DiskFull, RoomTooSmall, UserError
-from cache_spec.files import PARTIAL, Partial, exclusive
+from cache_spec.files import PARTIAL, Partial, exclusive, write_file
 from cache_spec.layout import INTERNAL
 
 PATIENCE = 30.0  # seconds to wait until somebody lets go of a copy
 _LOOK_AGAIN = 0.05
 _LOCK = f"{INTERNAL}/lock"
+_MARK = f"{INTERNAL}/copies"  # in a folder that was made for copies
+_HOME = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)
+_COPY = re.compile(r"[0-9]+|\.[0-9]+\.[0-9a-f]{32}" + re.escape(PARTIAL))  # a shard's file, or what it comes as
 
 
 class Room:
-    """Copies below `folder`, at most `n_bytes` of them. For any number of threads."""
+    """Copies in the `home`s of caches below `folder`, at most `n_bytes` of them. For any number of threads."""
 
     def __init__(self, folder: Path, n_bytes: int, patience: float = PATIENCE) -> None:
         self.folder, self.n_bytes, self.patience = folder, n_bytes, patience
@@ -33,6 +42,14 @@ class Room:
         """Asked one after the other to let go of one copy that they hold; True if they did."""
         self.stopping = threading.Event()
         """While it is set nothing is waited for and nothing more is fetched: whoever does so raises CancelledError."""
+
+    def home(self, name: str) -> Path:
+        """The folder for the copies of one cache, made if it is not there. The name ends in 16 hexadecimal digits."""
+        assert _HOME.fullmatch(name), name
+        home = self.folder / name
+        if not (home / _MARK).exists():
+            write_file(home / _MARK, b"Copies of a cache in an object store, which granary removes to make room.\n")
+        return home
 
     def open(self, path: Path) -> BinaryIO | None:
         """A copy, which nobody removes while this, or a mapping of it, is open; None if it is not there."""
@@ -84,14 +101,25 @@ class Room:
 
     def _copies(self) -> Iterator[tuple[float, int, str]]:
         """When each was opened last, its bytes and path; one that is being written counts as oldest, but is held."""
-        for folder, names, files in os.walk(self.folder):
+        for folder, names, files in chain.from_iterable(map(os.walk, self._homes())):
             if INTERNAL in names:
                 names.remove(INTERNAL)  # small, and not to be removed
-            for name in files:
+            for name in filter(_COPY.fullmatch, files):
                 path = f"{folder}/{name}"
                 with suppress(FileNotFoundError):
-                    facts = os.stat(path)
-                    yield (0.0 if name.endswith(PARTIAL) else facts.st_mtime), facts.st_size, path
+                    facts = os.lstat(path)
+                    if stat.S_ISREG(facts.st_mode):
+                        yield (0.0 if name.endswith(PARTIAL) else facts.st_mtime), facts.st_size, path
+
+    def _homes(self) -> list[str]:
+        with os.scandir(self.folder) as entries:
+            return [
+                entry.path
+                for entry in entries
+                if _HOME.fullmatch(entry.name)
+                and entry.is_dir(follow_symlinks=False)
+                and os.path.isfile(f"{entry.path}/{_MARK}")
+            ]
 
     def _too_small(self, n_bytes: int, in_use: int, limit: int) -> UserError:
         if limit < self.n_bytes:

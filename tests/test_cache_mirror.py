@@ -1,5 +1,7 @@
 """Copies of a remote cache: what a folder would give, whole or not at all, whatever the store or others do."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -273,6 +275,24 @@ def test_copies_stay_within_their_bytes_and_the_oldest_go_first(folder, tmp_path
         assert sum(path.stat().st_size for path in files_below(tmp_path / "copies")) <= 3 * one
         assert activation_file("layer_1", "masked", shard) in there
         assert activation_file("layer_1", "clean", shard) in there
+
+
+def test_a_folder_of_copies_among_other_things_loses_none_of_them(folder, tmp_path):
+    """The user's own folder is given: with a thesis in it, and the cache itself."""
+    shutil.copytree(folder, tmp_path / "cache.zarr")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "data.bin").write_bytes(bytes(10**4))
+    there = [path for path in tmp_path.rglob("*") if path.is_file()]
+    for path in there:
+        os.utime(path, (0, 0))
+    one = (folder / ONE).stat().st_size
+    cache = opened(f"file://{tmp_path}/cache.zarr", tmp_path, n_bytes=2 * one)
+    for shard in cache.shards:
+        cache.activations("layer_1", "clean", shard)
+        cache.activations("layer_1", "masked", shard)
+    assert [path for path in there if not path.exists()] == []
+    kept = [path for path in files_below(tmp_path) if path not in there]
+    assert sum(path.stat().st_size for path in kept) <= 2 * one
 
 
 def test_a_copy_that_is_mapped_stays_until_nobody_has_any_part_of_it(folder, tmp_path):

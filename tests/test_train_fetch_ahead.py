@@ -218,7 +218,7 @@ def test_a_store_that_goes_away_keeps_every_step_and_says_how_to_go_on(training,
 def test_the_command_takes_a_url_and_its_options(training, tmp_path, capsys):
     url = f"file://{training.path}"
     how = {"d_sae": ["32"], "k": ["3"], "tokens": "960", "batch_size": 32}
-    run(Options(cache=url, out=tmp_path / "runs", cache_dir=tmp_path / "copies", cache_bytes="1M", **how), set())
+    run(Options(cache=url, out=tmp_path / "runs", cache_dir=str(tmp_path / "copies"), cache_bytes="1M", **how), set())
     assert url in capsys.readouterr().out
     assert list((tmp_path / "copies").glob("cache.zarr-*/layer_1/clean/c/*/0"))
     with pytest.raises(UserError, match="--cache-bytes is for copies of a cache at a URL"):

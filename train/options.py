@@ -208,7 +208,7 @@ class Options:
         "auto"
     )
     cache_dir: Annotated[
-        Path | None,
+        str | None,
         _option(
             help="(machine) Folder for copies of a cache at a URL; may be shared. Default: among the user's caches."
         ),

@@ -13,7 +13,7 @@ Latents = Annotated[
 ]
 Cache = Annotated[str, typer.Option(help="The cache, if it was moved; default: the run's own.")]
 CacheDir = Annotated[
-    Path | None, typer.Option(help="Folder for copies of a cache at a URL; default: among the user's caches.")
+    str | None, typer.Option(help="Folder for copies of a cache at a URL; default: among the user's caches.")
 ]
 CacheBytes = Annotated[
     str, typer.Option(help=f"Size of all copies in that folder, such as 200GB; default: {DEFAULT_BYTES}.")
