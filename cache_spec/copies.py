@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cache_spec.counts import parse_bytes
 from cache_spec.errors import UserError
-from cache_spec.store import Patience, is_url
+from cache_spec.store import Patience
+from cache_spec.store_url import is_url
 
 DEFAULT_BYTES = "50GB"
 

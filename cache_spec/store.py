@@ -17,11 +17,9 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from cache_spec.errors import CacheDamaged, ObjectMissing, StoreError, UserError
+from cache_spec.store_url import SETTINGS, check_settings, check_url, is_plain
 from cache_spec.untrusted import MOST_BYTES
 
-SCHEMES = ("s3", "gs", "az", "file")
-_SETTINGS = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "file": ""}  # what the variables of each begin with
-_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_ONCE = 8 * 2**20, 9000, 4
 _METADATA_HOSTS = ("169.254.169.254", "metadata.google.internal")  # where a machine of the cloud asks who it is
 _MOST_KEYS = 2**22  # of one listing; a cache of 5 TB has fifty thousand
@@ -40,17 +38,13 @@ class Patience:
     request_seconds: float = 300.0  # for one request in all, however slowly its bytes come
 
 
-def is_url(text: str) -> bool:
-    """Whether a --cache or --out is the URL of a store rather than a folder."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
-
-
 def open_store(url: str, patience: Patience = Patience()) -> "Store":
     """The store at s3://bucket/key, gs://bucket/key, az://container/key or file:///folder. Nothing is asked of it yet.
 
     Raises UserError for a URL that is none of these, StoreError if the environment's settings cannot be used.
     """
     url = check_url(url)
+    check_settings(url, os.environ)
     try:
         from obstore.exceptions import BaseError
         from obstore.store import LocalStore, from_url
@@ -68,8 +62,8 @@ def open_store(url: str, patience: Patience = Patience()) -> "Store":
         "read_timeout": timedelta(seconds=patience.stall_seconds),
         "connect_timeout": timedelta(seconds=min(10.0, patience.stall_seconds)),
     }
-    if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
-        client["allow_http"] = True  # whoever gives an address without TLS means it
+    if is_plain(url, os.environ):
+        client["allow_http"] = True
     backoff = {
         "init_backoff": timedelta(seconds=patience.first_wait),
         "max_backoff": timedelta(seconds=patience.longest_wait),
@@ -81,27 +75,6 @@ def open_store(url: str, patience: Patience = Patience()) -> "Store":
     except (BaseError, ValueError) as error:
         raise StoreError(f"{url} cannot be opened: {_reason(error)}; {_look(url)}") from error
     return Store(url, once, patient, patience)
-
-
-def check_url(url: str) -> str:
-    """The URL without a slash at its end. Raises UserError if it names no place in a store."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise UserError(f"{url!r:.200} is no URL; give s3://bucket/key") from None
-    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-    if parts.scheme not in SCHEMES:
-        raise UserError(f"{parts.scheme}:// is no store that granary knows; give a URL that begins with one of {known}")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise UserError(
-            f"a URL of a store is {parts.scheme}://bucket/key, with no '@', '?' or '#'; keys and tokens belong into "
-            f"the environment ({_SETTINGS[parts.scheme]}...)"
-        )
-    keys = parts.path.strip("/").split("/")
-    wanted = "file:///folder" if parts.scheme == "file" else f"{parts.scheme}://bucket/key"
-    if bool(parts.netloc) == (parts.scheme == "file") or any(key in ("", ".", "..") for key in keys):
-        raise UserError(f"{url!r:.200} names no place in a store; give {wanted}")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 class Store:
@@ -305,9 +278,9 @@ def _refusal(place: str, error: Exception) -> str:
 
 def _look(place: str) -> str:
     scheme = place.partition(":")[0]
-    if not _SETTINGS[scheme]:
+    if not SETTINGS[scheme]:
         return "check the folder and your rights to it"
-    return f"check the URL and the environment's {_SETTINGS[scheme]}... variables (docs/stores.md)"
+    return f"check the URL and the environment's {SETTINGS[scheme]}... variables (docs/stores.md)"
 
 
 def _status(text: str) -> str:

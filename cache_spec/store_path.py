@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cache_spec.errors import ObjectMissing
-from cache_spec.store import Patience, Store, is_url, open_store
+from cache_spec.store import Patience, Store, open_store
+from cache_spec.store_url import is_url
 from cache_spec.untrusted import MOST_BYTES
 
 _PIECE_BYTES, _AHEAD = 8 * 2**20, 4  # a request, and how many are under way while the piece before is used

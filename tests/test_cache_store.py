@@ -9,7 +9,8 @@ from store_fixtures import IMPATIENT, Proxy, credentials
 
 from cache_spec import store as store_module
 from cache_spec.errors import CacheDamaged, ObjectMissing, StoreError, UserError
-from cache_spec.store import is_url, open_store
+from cache_spec.store import open_store
+from cache_spec.store_url import is_url
 from cache_spec.untrusted import MOST_BYTES
 
 
@@ -211,6 +212,10 @@ def test_an_address_where_nobody_listens_is_one_sentence(monkeypatch):
         ("s3://bucket", "names no place"),
         ("s3://bucket/a/../b", "names no place"),
         ("file://folder/a", "names no place"),
+        ("file:///folder%00/a", "names no place"),
+        ("s3://bucket/a\x1b[31m", "names no place"),
+        ("s3://buc ket/a", "names no place"),
+        ("s3://bucket:99999/a", "names no place"),
         ("s3://me:hush@bucket/a", "environment"),
         ("az://container/a?sig=hush", "environment"),
     ],
@@ -220,6 +225,42 @@ def test_a_url_of_no_store_is_refused(url, said):
     with pytest.raises(UserError, match=said) as caught:
         open_store(url)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "value"),
+    [
+        *(("s3://bucket/a", "AWS_ENDPOINT_URL", value) for value in ("", "garbage", "ftp://x", "http://", "http:///x")),
+        *(
+            ("s3://bucket/a", "AWS_ENDPOINT_URL", value)
+            for value in ("http://a b", "http://hush@h:99999", "http://[::1")
+        ),
+        ("s3://bucket/a", "AWS_ENDPOINT", "garbage"),
+        ("s3://bucket/a", "AWS_ENDPOINT_URL_S3", "http://ü"),
+        ("s3://bucket/a", "AWS_METADATA_ENDPOINT", "garbage"),
+        ("s3://bucket/a", "AWS_REGION", "us east"),
+        ("s3://bucket/a", "AWS_ACCESS_KEY_ID", "hush\n"),
+        ("s3://bucket/a", "AWS_SESSION_TOKEN", "hüsh"),
+        ("az://container/a", "AZURE_STORAGE_ENDPOINT", "garbage"),
+        ("gs://bucket/a", "GOOGLE_BASE_URL", ""),
+    ],
+)
+def test_an_environment_that_no_request_can_be_made_of_is_refused_by_its_variable(monkeypatch, url, name, value):
+    """Before obstore hears of it, which would panic."""
+    credentials(monkeypatch, "http://127.0.0.1:1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"the environment's {name} (is no address|holds a space)") as caught:
+        open_store(url, IMPATIENT).size("a")
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["http://h", "https://minio.example.com:9000/below", "http://[::1]:9000", "http://a_b"]
+)
+def test_an_address_of_a_server_is_taken(monkeypatch, value):
+    pytest.importorskip("obstore")
+    credentials(monkeypatch, value)
+    assert open_store("s3://bucket/a", IMPATIENT).url == "s3://bucket/a"
 
 
 def test_folders_are_no_urls():
