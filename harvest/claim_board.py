@@ -118,9 +118,16 @@ class FolderBoard:
                 os.fsync(fd)
 
     def remove(self, name: str) -> None:
-        os.close(self._open.pop(name))  # first: a network file system keeps a removed file that is open
+        if (fd := self._open.pop(name, None)) is None:  # another process has one of this name
+            return
+        os.close(fd)  # first: a network file system keeps a removed file that is open
         (self._folder / name).unlink(missing_ok=True)
         self._remove_folder()
+
+    def remove_abandoned(self, name: str) -> None:
+        """Remove a claim whose owner is known to be dead, if it is there."""
+        if self.is_abandoned(name):
+            (self._folder / name).unlink(missing_ok=True)
 
     def is_abandoned(self, name: str) -> bool:
         if name in self._open:

@@ -35,6 +35,9 @@ class StoreBoard:
         if not self._store.create(f"{CLAIMS}/{name}", line):
             return False
         self._mine[name] = line
+        # The store decides. Here may be a claim of the same name that a killed process left before somebody, who may
+        # be on another machine, took it out of the store.
+        self._here.remove_abandoned(name)
         self._here.post(name, line)
         return True
 

@@ -13,7 +13,7 @@ from pipeline_fixtures import files_of
 from store_fixtures import IMPATIENT, Proxy
 
 from cache_spec import CacheConflict, DiskFull, StoreError, UserError, verify_cache
-from cache_spec.layout import LOCK, UPLOADS
+from cache_spec.layout import LOCK, UPLOADS, record_file
 from cache_spec.publish import publish_shard
 from cache_spec.state import read_root, recorded_shards
 from cache_spec.store_path import StorePath, place_of
@@ -234,3 +234,17 @@ def test_the_command_takes_a_url(model_folder, text, plain, store_url, tmp_path)
         )
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
+
+
+def test_a_shard_is_made_again_where_a_killed_process_has_left_its_claim(loaded, text, plain, folder_url, scratch):
+    """Killed here, finished elsewhere, then a commit record deleted, as the message about a damaged file says."""
+    run.harvest(loaded, request_for(loaded, text), folder_url)
+    root = place_of(folder_url, IMPATIENT)
+    assert isinstance(root, StorePath)
+    claims = target._scratch_folder(root, scratch) / "claims"
+    claims.mkdir(parents=True)
+    (claims / "000001.0").write_bytes(b"{}\n")
+    root.store.delete(record_file(1))
+    run.harvest(loaded, request_for(loaded, text), folder_url, scratch=scratch)
+    assert objects(folder_url) == contents(plain)
+    assert list(scratch.iterdir()) == []

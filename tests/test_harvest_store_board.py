@@ -65,3 +65,29 @@ def test_two_processes_share_shards_by_claims_in_the_store(store, tmp_path):
     assert second.others() == {}
     second.give_back(1)
     assert store.list(CLAIMS) == []
+
+
+def test_what_a_killed_process_left_here_gives_way_to_a_claim_of_its_name(store, tmp_path):
+    """It was taken out of the store from elsewhere, say by who closed the cache; now the shard is missing again."""
+    mine, here = board(store, tmp_path / "a"), board(store, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "000003.0").write_bytes(b"{}\n")
+    assert here.is_abandoned("000003.0")
+    assert mine.post("000003.0", b"{}\n")
+    assert not here.is_abandoned("000003.0")
+    mine.remove("000003.0")
+    assert store.list(CLAIMS) == []
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_store_decides_though_a_living_process_here_has_a_claim_of_that_name(store, tmp_path):
+    first, second = board(store, tmp_path / "a"), board(store, tmp_path / "a")
+    assert first.post("000003.0", b"{}\n")
+    store.delete(f"{CLAIMS}/000003.0")
+    assert second.post("000003.0", b"{}\n")
+    assert not second.is_abandoned("000003.0")
+    second.remove("000003.0")
+    assert store.list(CLAIMS) == []
+    assert (tmp_path / "a" / "000003.0").exists()
+    first.remove("000003.0")
+    assert not (tmp_path / "a").exists()
