@@ -5,6 +5,7 @@ the address of a store of one's own come from the environment alone (docs/stores
 or into a message. A `Store` may be shared by threads, never with a forked process: open it where it is used.
 """
 
+import errno
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from cache_spec.untrusted import MOST_BYTES
 
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_ONCE = 8 * 2**20, 9000, 4
 _METADATA_HOSTS = ("169.254.169.254", "metadata.google.internal")  # where a machine of the cloud asks who it is
+_FINAL = (errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT)
 _MOST_KEYS = 2**22  # of one listing; a cache of 5 TB has fifty thousand
 _AGAIN = "run the same command again, it goes on from what has arrived"
 Answer = TypeVar("Answer")
@@ -47,15 +49,11 @@ def open_store(url: str, patience: Patience = Patience()) -> "Store":
     check_settings(url, os.environ)
     try:
         from obstore.exceptions import BaseError
-        from obstore.store import LocalStore, from_url
+        from obstore.store import from_url
     except ImportError as error:
         raise UserError(f"{url} needs the package obstore, which is not installed; `pip install obstore`") from error
-    if url.startswith("file://"):
-        folder = Path(unquote(urlsplit(url).path))
-        local = LocalStore(folder, mkdir=True) if folder.is_dir() or not folder.exists() else None
-        if local is None:
-            raise UserError(f"{url} is a file; give the URL of a folder")
-        return Store(url, local, local, patience)
+    if url.startswith("file:"):
+        return Store(url, None, None, patience)
     address: Any = url  # its overloads want the scheme as a type
     client: Any = {
         "timeout": timedelta(seconds=patience.request_seconds),
@@ -85,6 +83,7 @@ class Store:
     """
 
     def __init__(self, url: str, once: Any, often: Any, patience: Patience) -> None:
+        """`once` and `often` ask so many times; None: a folder, looked for when something is asked of it."""
         self.url = url
         self._once, self._often, self._patience = once, often, patience
 
@@ -215,6 +214,8 @@ class Store:
 
         _check_key(key)
         place = f"{self.url}/{key}" if key else self.url
+        if self._once is None:
+            self._once = self._often = _folder_at(self.url, make=writing)
         wait, start = self._patience.first_wait, time.monotonic()
         for n_tries in range(1, self._patience.n_tries + 1):
             try:
@@ -237,6 +238,25 @@ class Store:
             time.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, self._patience.longest_wait)
         raise AssertionError("there is at least one try")
+
+
+def _folder_at(url: str, *, make: bool) -> Any:
+    """The store in a folder. Raises ObjectMissing if there is no folder and none is to be made."""
+    from obstore.store import LocalStore
+
+    folder = Path(unquote(urlsplit(url).path))
+    try:
+        if folder.is_file():
+            raise UserError(f"{url} is a file; give the URL of a folder")
+        if not make and not folder.is_dir():
+            raise ObjectMissing(f"there is nothing at {url}; check the URL, or make it again")
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        return LocalStore(folder)
+    except OSError as error:
+        if isinstance(error, ObjectMissing):
+            raise
+        raise StoreError(f"{url} cannot be opened: {error.strerror}; {_look(url)}") from error
 
 
 class _Again(Exception):
@@ -269,6 +289,8 @@ def _refusal(place: str, error: Exception) -> str:
         return f"there are no credentials for {place}; {_look(place)}"
     if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
         return f"the store refuses {place} ({_reason(error)}); {_look(place)}"
+    if place.startswith("file:") and re.search(rf"os error ({'|'.join(map(str, _FINAL))})\)", text):
+        return f"the disk refuses {place} ({_reason(error)}); {_look(place)}"
     if "redirect" in text.lower() or status in (301, 307):
         return f"{place} is in another region than the requests name; {_look(place)}"
     if kind in ("InvalidPathError", "NotSupportedError") or (400 <= status < 500 and status not in (408, 409, 429)):
@@ -279,7 +301,7 @@ def _refusal(place: str, error: Exception) -> str:
 def _look(place: str) -> str:
     scheme = place.partition(":")[0]
     if not SETTINGS[scheme]:
-        return "check the folder and your rights to it"
+        return "check the folder, your rights to it and the room on its disk"
     return f"check the URL and the environment's {SETTINGS[scheme]}... variables (docs/stores.md)"
 
 
@@ -295,5 +317,5 @@ def _reason(error: Exception) -> str:
         return text
     if status := _status(text):
         return status
-    match = re.search(r"HTTP error: ([A-Za-z ]+)", text)
+    match = re.search(r"HTTP error: ([A-Za-z ]+)", text) or re.search(r"([A-Z][A-Za-z -]+) \(os error", text)
     return match[1].strip() if match else type(error).__name__

@@ -74,6 +74,37 @@ def test_a_create_that_met_another_request_is_made_again(store_url, proxy: Proxy
     assert store.size("b") is None
 
 
+def test_looking_into_a_folder_that_is_not_there_makes_none(tmp_path):
+    pytest.importorskip("obstore")
+    store = open_store(f"file://{tmp_path}/made/by a stranger", IMPATIENT)
+    assert (store.size("a"), store.list(), store.sizes(some=True)) == (None, [], {})
+    store.delete("a")
+    for ask in (store.read, lambda key: store.read_range(key, 0, 1), lambda key: store.copy(key, "b")):
+        with pytest.raises(ObjectMissing, match=re.escape(store.url)):
+            ask("a")
+    assert list(tmp_path.iterdir()) == []
+    assert store.create("a", b"x")
+    assert (store.read("a"), store.list()) == (b"x", ["a"])
+
+
+def test_what_can_be_no_folder_is_one_sentence_and_not_tried_again(tmp_path, monkeypatch):
+    pytest.importorskip("obstore")
+    monkeypatch.setattr(store_module.time, "sleep", lambda _: pytest.fail("it was tried again"))
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for below in ("file", "file/x", "x" * 300, "folder"):
+        store = open_store(f"file://{tmp_path}/{below}", IMPATIENT)
+        key = "a" if below != "folder" else "y" * 300
+        with pytest.raises(UserError, match=re.escape(store.url)):
+            store.create(key, b"")
+        if below != "file/x":  # where nothing is there
+            with pytest.raises(UserError, match=re.escape(store.url)):
+                store.size(key)
+    (tmp_path / "folder" / "notes").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"the disk refuses .*folder/notes/a .Not a directory.; check the folder"):
+        open_store(f"file://{tmp_path}/folder", IMPATIENT).read("notes/a")
+
+
 def test_what_is_missing_and_what_is_too_short_is_named(store):
     store.put("a/b", b"0123456789")
     with pytest.raises(ObjectMissing, match=re.escape(f"{store.url}/a/c is not there")):
