@@ -20,7 +20,7 @@ from evaluate.bench import NEEDS_MODEL, make_bench
 from evaluate.columns import Column
 from evaluate.controls import oracle_subject, subject_of_sae, untrained_sae
 from evaluate.metrics.absorption import FAMILIES, MIN_SHARE
-from evaluate.names import Metric, available, find
+from evaluate.names import Measurements, Metric, available, find
 from evaluate.runs import Run, find_runs
 from evaluate.store import Store
 from evaluate.subject import Bench, Subject
@@ -141,12 +141,12 @@ def values_of(subjects, bench) -> Callable[[str, str], Values]:
     oracle = [oracle_subject(bench)]
 
     @cache
-    def measured_of(name: str, arch: str, kind: str) -> dict[str, float]:
-        return measured(find(name), subjects[arch, kind] if arch else oracle)
+    def measured_of(arch: str, kind: str) -> dict[str, dict[str, float]]:
+        return measured(subjects[arch, kind] if arch else oracle)
 
     def values(name: str, arch: str) -> Values:
-        trained, untrained = (measured_of(name, arch, kind) for kind in ("trained", "untrained"))
-        return {"oracle": measured_of(name, "", "oracle"), "trained": trained, "untrained": untrained}
+        trained, untrained = (measured_of(arch, kind)[name] for kind in ("trained", "untrained"))
+        return {"oracle": measured_of("", "oracle")[name], "trained": trained, "untrained": untrained}
 
     return values
 
@@ -160,13 +160,18 @@ def held(metric: Metric) -> list[str]:
     ]
 
 
-def measured(metric: Metric, subjects: list[Subject]) -> dict[str, float]:
+def measured(subjects: list[Subject]) -> dict[str, dict[str, float]]:
+    """Name of a metric -> means over seeds. All of one SAE, then of the next: probing and ood share its probes."""
+    found = [{name: find(name).measure(subject) for name in HELD} for subject in subjects]
+    return {name: means_of(find(name), [each[name] for each in found]) for name in HELD}
+
+
+def means_of(metric: Metric, found: list[Measurements]) -> dict[str, float]:
     """Means over seeds of the held columns; a column is there for all seeds or for none."""
-    found = [metric.measure(subject) for subject in subjects]
     means = {}
     for name in held(metric):
         numbers = [values[name] for values in found if name in values]
-        assert len(numbers) in (0, len(subjects)), f"{name}: only {len(numbers)} of {len(subjects)} seeds have it"
+        assert len(numbers) in (0, len(found)), f"{name}: only {len(numbers)} of {len(found)} seeds have it"
         if numbers:
             means[name] = float(np.mean(numbers))
     return means
