@@ -10,6 +10,7 @@ from typing import Any
 
 from cache_spec import ActivationCache, CacheError, HookPlan, UserError
 from cache_spec.copies import Copies
+from cache_spec.errors import StoreError
 from cache_spec.progress import Progress
 from cache_spec.remote import open_cache
 from cache_spec.untrusted import printable
@@ -89,7 +90,7 @@ def measure(
     for group in groups:
         try:
             bench = _bench(group, asked)
-        except CacheError as error:
+        except (CacheError, StoreError) as error:
             names = [run.path.name for run in group.runs] + [sae.name for sae in group.pretrained]
             measured.left_out.update(dict.fromkeys(names, str(error)))
         else:

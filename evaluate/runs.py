@@ -27,6 +27,7 @@ _SCHEDULE = (  # follows from the length of the training, unless it was given
     *("warmup_steps", "decay_start", "sparsity_warmup_steps", "anneal_start"),
     *("threshold_start", "threshold_beta", "dead_tokens"),
 )
+NO_CACHE = "its cache cannot be opened"
 AGAIN = "train the run again, or move its folder away"
 
 
@@ -252,15 +253,24 @@ def _control(corrupt: str, variant: str) -> str:
 def open_caches(
     runs: Sequence[Run], given: str | Path | None, left_out: dict[str, str], copies: Copies | None = None
 ) -> dict[str, ActivationCache]:
-    """cache_id -> its cache, opened; runs whose cache cannot be had are named in `left_out`."""
+    """cache_id -> its cache, opened; runs whose cache cannot be had are named in `left_out`.
+
+    Raises UserError if nothing can be had at the place given.
+    """
     found: dict[str, ActivationCache] = {}
     for run in runs:
         if run.cache_id in found:
             continue
         try:
             found[run.cache_id] = open_cache(run, given, copies)
-        except CacheError as error:
-            left_out[run.path.name] = str(error)
+        except UserError as error:
+            if given is not None and not isinstance(error, CacheError):
+                raise  # no run said this, but --cache
+            left_out[run.path.name] = str(error) if isinstance(error, CacheError) else f"{NO_CACHE}: {error}"
+        except OSError as error:
+            if given is not None:
+                raise
+            left_out[run.path.name] = f"{NO_CACHE}: {error.strerror}; say where it is with --cache"
     for run in runs:
         if run.cache_id in found:
             left_out.pop(run.path.name, None)  # another run of this cache says where it is now

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cache_spec import ActivationCache, CacheError, CacheNotFound, UserError, create_cache, finalize_cache, write_shard
+from cache_spec.errors import StoreError
+from evaluate import measuring
 from evaluate.__main__ import app
 from evaluate.command import choose_metrics, run
 from evaluate.names import available
@@ -209,6 +211,58 @@ def test_a_run_of_a_cache_that_is_gone_is_left_out_and_the_others_are_measured(r
     run_of_it = write_run(runs, gone, small_sae(7), seed=7)
     shutil.rmtree(gone.path)
     leave_out(runs, {run_of_it.name: "no cache is there now"}, capsys)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("ftp://x/y", "ftp:// is no store"),
+        ("s3://me:hush@b/k", "with no '@'"),
+        ("s3://caches/x", "AWS_ENDPOINT_URL is no address"),
+        ("az://container/x", "cannot be opened"),
+        ("file:///etc/passwd/x", "no cache is there now"),
+        ("file:///etc/passwd", "is a file"),
+        ("file://{}/made/by/stranger", "no cache is there now"),
+        ("/" + "x" * 300, "File name too long"),
+    ],
+)
+def test_a_run_whose_file_names_no_place_of_a_cache_is_left_out_and_the_others_are_measured(
+    runs, tmp_path, capsys, monkeypatch, place, words
+):
+    """A run.json may be a stranger's: what it names is neither made nor printed where it may hold a password."""
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "garbage")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    shutil.rmtree(next(runs.glob("*_masked*_seed1")))
+    theirs = write_run(runs, small_cache(tmp_path / "gone", seed=5), small_sae(7), seed=7)
+    facts = json.loads((theirs / "run.json").read_text())
+    cache = {**facts["cache"], "path": place.format(tmp_path)}
+    (theirs / "run.json").write_text(json.dumps({**facts, "cache": cache}))
+    leave_out(runs, {theirs.name: words}, capsys)
+    assert "hush" not in (runs / "report.json").read_text()
+    assert not (tmp_path / "made").exists()
+
+
+def test_runs_of_a_store_that_stops_to_answer_are_left_out_and_the_others_are_measured(
+    runs, tmp_path, capsys, monkeypatch
+):
+    shutil.rmtree(next(runs.glob("*_masked*_seed1")))
+    theirs = write_run(runs, small_cache(tmp_path / "gone", seed=5), small_sae(7), seed=7)
+    make_bench = measuring.make_bench
+
+    def stopping(cache, *given, **named):
+        if cache.path == tmp_path / "gone":
+            raise StoreError("s3://caches/gone did not come through")
+        return make_bench(cache, *given, **named)
+
+    monkeypatch.setattr(measuring, "make_bench", stopping)
+    leave_out(runs, {theirs.name: "s3://caches/gone did not"}, capsys)
+
+
+def test_a_cache_option_that_names_no_place_is_refused_before_the_runs(runs):
+    with pytest.raises(UserError, match="ftp:// is no store") as caught:
+        evaluate(runs, cache="ftp://x/y")
+    assert not isinstance(caught.value, RunsIncomplete)
 
 
 def test_another_cache_in_its_place_is_refused(runs, tmp_path):
