@@ -7,7 +7,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ import numpy as np
 from cache_spec.commit import write_shard
 from cache_spec.create import create_cache, finalize_cache
 from cache_spec.errors import CacheConflict, UserError
-from cache_spec.files import Partial, disk_full_as_error, exclusive, sync_folder
+from cache_spec.files import Partial, disk_full_as_error, exclusive, remove_stale_partials, sync_folder
 from cache_spec.layout import CLAIMS, INTERNAL, LOCK, planner_files, record_file, shard_files
 from cache_spec.plan import Plan
 from cache_spec.publish import create_in_store, publish_shard, refuse_foreign_objects, remove_uploads, settle_all
@@ -235,7 +235,8 @@ def _scratch_folder(root: StorePath, scratch: Path | None) -> Path:
 @contextmanager
 def _shared(folder: Path) -> Iterator[None]:
     """A folder for the processes of this machine that use it at the same time: the first finds it empty, and the last
-    takes it away. What killed processes left is the first one's to clear, but for their claims.
+    takes it away. What killed processes left goes with it, or is the first one's to clear, but for their claims: by
+    these the next process sees at once that their owners are dead.
     """
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = folder.with_name(f"{folder.name}.lock")
@@ -245,7 +246,9 @@ def _shared(folder: Path) -> Iterator[None]:
         yield
     finally:
         if _try_alone(fd):
-            shutil.rmtree(folder, ignore_errors=True)  # after a Ctrl-C the thread that writes may still be at it
+            _clear(folder, ignore_errors=True)  # after a Ctrl-C the thread that writes may still be at it
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
             lock.unlink(missing_ok=True)
         os.close(fd)
 
@@ -253,14 +256,23 @@ def _shared(folder: Path) -> Iterator[None]:
 def _join(folder: Path, lock: Path) -> int:
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-        if _try_alone(fd) and folder.exists():
-            for left in folder.iterdir():
-                if left.name != _CLAIMS:  # by which the next process sees that their owner is dead
-                    shutil.rmtree(left)
+        if _try_alone(fd):
+            _clear(folder)
         fcntl.flock(fd, fcntl.LOCK_SH)
         if os.fstat(fd).st_nlink:  # 0: whoever was the last to leave has removed it
             return fd
         os.close(fd)
+
+
+def _clear(folder: Path, ignore_errors: bool = False) -> None:
+    """Remove everything but the claims of processes that are gone."""
+    for left in folder.iterdir() if folder.exists() else ():
+        if left.name == _CLAIMS:
+            remove_stale_partials(left)
+            with suppress(OSError):  # there are claims in it
+                left.rmdir()
+        else:
+            shutil.rmtree(left, ignore_errors)
 
 
 def _try_alone(fd: int) -> bool:

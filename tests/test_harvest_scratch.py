@@ -1,0 +1,91 @@
+"""The folder in which a machine's processes build shards for a store: empty for the first, gone after the last, and the
+claims of the killed left in it for whoever comes next."""
+
+from pathlib import Path
+
+import pytest
+from harvest_fixtures import request_for, save_model, write_text
+from store_fixtures import IMPATIENT
+
+from cache_spec.layout import CLAIMS
+from cache_spec.publish import publish_shard
+from cache_spec.state import recorded_shards
+from cache_spec.store_path import StorePath, place_of
+from harvest import run, target
+from harvest.claim_board import FolderBoard
+from harvest.claims import Claims
+from harvest.model import load_model
+from harvest.share import Share
+from harvest.store_board import StoreBoard
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "scratch" / "cache.zarr-0123456789ab"
+
+
+def kill(board: Path, name: str) -> None:
+    """What a process leaves that held this claim and was killed: the file, which nobody has locked."""
+    (board / name).unlink(missing_ok=True)
+    (board / name).write_bytes(b"{}\n")
+
+
+def test_the_first_finds_it_empty_and_the_last_takes_it_away(folder):
+    (folder / "0123").mkdir(parents=True)
+    (folder / "0123" / "shard").write_bytes(b"left by a killed process")
+    with target._shared(folder):
+        assert list(folder.iterdir()) == []
+        (folder / "mine").mkdir()
+        with target._shared(folder):
+            assert (folder / "mine").exists()
+        assert (folder / "mine").exists()
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_the_last_leaves_the_claims_of_the_killed_and_nothing_else(folder):
+    claims = folder / "claims"
+    with target._shared(folder):
+        (folder / "mine").mkdir()
+        mine = FolderBoard(claims)
+        assert mine.post("000000.0", b"{}\n")
+        kill(claims, "000001.0")
+        (claims / ".000002.0.0123.partial").write_bytes(b"half of one")
+        mine.remove("000000.0")
+    assert [path for path in folder.parent.rglob("*") if path.is_file()] == [claims / "000001.0"]
+    with target._shared(folder):
+        board = FolderBoard(claims)
+        assert board.is_abandoned("000001.0")
+        board.clear()
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_after_a_death_and_a_stop_the_next_does_not_wait_for_the_dead(tmp_path, monkeypatch, capsys):
+    """As torchrun does it: a rank is killed, the others are stopped, and all are started again."""
+    pytest.importorskip("obstore")
+    loaded = load_model(str(save_model(tmp_path / "model")))
+    request = request_for(loaded, write_text(tmp_path / "text.txt", 400))
+    url, scratch = f"file://{tmp_path}/store", tmp_path / "scratch"
+    root = place_of(url, IMPATIENT)
+    assert isinstance(root, StorePath)
+    claims = target._scratch_folder(root, scratch) / "claims"
+    dead = Claims(StoreBoard(root.store, FolderBoard(claims)), Share(index=1, count=2))
+    assert dead.take(1)
+    kill(claims, "000001.0")
+
+    def stopped(*arguments):
+        publish_shard(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, "publish_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.harvest(loaded, request, url, scratch=scratch, claim_timeout=2.0)
+    assert 0 < len(recorded_shards(root)) < 3
+    assert root.store.list(CLAIMS) == [f"{CLAIMS}/000001.0"]
+    capsys.readouterr()
+    monkeypatch.setattr(target, "publish_shard", publish_shard)
+    run.harvest(loaded, request, url, scratch=scratch, claim_timeout=2.0)
+    said = capsys.readouterr().out
+    assert "complete" in said
+    assert "waiting" not in said
+    assert root.store.list(CLAIMS) == []
+    assert list(scratch.iterdir()) == []
