@@ -32,18 +32,33 @@ def largest_in_rows(values: Tensor, n: int, axis: Axis, *, alike: bool = False) 
     """Of each row the n largest, over the columns of all processes: (values, columns), both [rows, at most n].
 
     `values` [rows, columns] are this process's columns, and so is what comes back: a value that is not among the n
-    is 0, with no gradient. There are at least n columns in all; with `alike`, as many on each process.
+    is 0, with no gradient. There are at least n columns in all. With `alike`, for a small n and as many columns on
+    each process, all n are sent at once; else the processes first agree on how few will do.
     """
     if axis.size == 1:
         return values.topk(n, dim=-1, sorted=False)
     own = min(n, values.shape[1])
-    largest, columns = values.topk(own, dim=-1, sorted=False)
-    width = own if alike else int(axis.largest(torch.tensor(own, device=values.device)))
+    largest, columns = values.topk(own, dim=-1, sorted=not alike)
     with torch.no_grad():
+        width = own if alike else _width_of_all(largest.detach(), n, axis)
+        own = min(own, width)
         padded = values.new_full((len(values), width), -torch.inf)
-        padded[:, :own] = largest
+        padded[:, :own] = largest[:, :own]
         candidates = torch.cat(list(axis.gather(padded)), dim=1)
         best = candidates.topk(n, dim=1, sorted=False).indices  # the same on all: they choose among the same values
         kept = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, best, True)
         mine = kept[:, axis.index * width : axis.index * width + own]
-    return torch.where(mine, largest, 0.0), columns
+    return torch.where(mine, largest[:, :own], 0.0), columns[:, :own]
+
+
+def _width_of_all(largest: Tensor, n: int, axis: Axis) -> int:
+    """How many of its largest values of a row, `largest` in falling order, a process may have among the n of all.
+
+    As in `nth_largest`: what is below every process's share-th largest is not among them.
+    """
+    share = -(-n // axis.size)
+    has_share = largest.shape[1] >= share
+    own_bound = largest[:, share - 1] if has_share else largest.new_full((len(largest),), -torch.inf)
+    n_sent = (largest < axis.least(own_bound).unsqueeze(1)).logical_not_().sum(dim=1)  # NaN is sent too
+    # where the others have few, this one may have to send more than its share to make n
+    return int(axis.largest(n_sent.max()))
