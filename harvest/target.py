@@ -276,12 +276,15 @@ def _clear(folder: Path, ignore_errors: bool = False) -> None:
 
 
 def _try_alone(fd: int) -> bool:
-    """Whether no other process holds the lock, which then is this one's alone."""
+    """Whether no other process holds the lock, which then is this one's alone.
+
+    False, too, for a lock that the last one to leave has removed: others may hold a new one, and the folder is theirs.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
+    return os.fstat(fd).st_nlink > 0
 
 
 def _fetch(source: StorePath, path: Path) -> None:

@@ -1,6 +1,8 @@
 """The folder in which a machine's processes build shards for a store: empty for the first, gone after the last, and the
 claims of the killed left in it for whoever comes next."""
 
+import fcntl
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,60 @@ def test_the_last_leaves_the_claims_of_the_killed_and_nothing_else(folder):
         board = FolderBoard(claims)
         assert board.is_abandoned("000001.0")
         board.clear()
+    assert list(folder.parent.iterdir()) == []
+
+
+@pytest.fixture
+def before_trying(monkeypatch):
+    """Has something done, once, just before a process tries whether it is alone, as any pause of it would allow."""
+    real, waiting = fcntl.flock, []
+
+    def flock(fd: int, how: int) -> None:
+        if how & fcntl.LOCK_NB and waiting:
+            waiting.pop()(fd)
+        real(fd, how)
+
+    monkeypatch.setattr(target.fcntl, "flock", flock)
+    return waiting.append
+
+
+def begin(process: ExitStack, folder: Path) -> None:
+    """A process joins and builds something."""
+    process.enter_context(target._shared(folder))
+    (folder / "0123").mkdir()
+    (folder / "0123" / "shard").write_bytes(b"half of it")
+
+
+def test_who_joins_while_the_last_leaves_and_another_begins_takes_nothing_from_it(folder, before_trying):
+    with ExitStack() as another, ExitStack() as last:
+        last.enter_context(target._shared(folder))
+
+        def change(fd: int) -> None:
+            last.close()
+            begin(another, folder)
+
+        before_trying(change)
+        with target._shared(folder):
+            assert (folder / "0123" / "shard").exists()
+            another.close()
+            assert (folder / "0123" / "shard").exists()  # the one that joined is not alone with an old lock
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_of_two_that_leave_at_once_the_slower_takes_nothing_from_one_that_begins(folder, before_trying):
+    """To try whether it is alone, a process lets go of the lock that it shares, for a moment."""
+    with ExitStack() as another, ExitStack() as fast, ExitStack() as slow:
+        fast.enter_context(target._shared(folder))
+        slow.enter_context(target._shared(folder))
+
+        def change(fd: int) -> None:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            fast.close()
+            begin(another, folder)
+
+        before_trying(change)
+        slow.close()
+        assert (folder / "0123" / "shard").exists()
     assert list(folder.parent.iterdir()) == []
 
 
