@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import examples, run_command
 from cache_spec.copies import Copies
 from cache_spec.hub import Repository
@@ -27,7 +28,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Look at an activation cache. docs/cache-format.md says what its files are.",
 )
-CacheFolder = Annotated[Path, typer.Argument(metavar="CACHE", help="The cache's folder: what harvest got as --out.")]
+CacheFolder = Annotated[
+    Path, typer.Argument(parser=path, metavar="CACHE", help="The cache's folder: what harvest got as --out.")
+]
 CachePlace = Annotated[
     str, typer.Argument(metavar="CACHE", help="The cache's folder or URL: what harvest got as --out.")
 ]
@@ -80,7 +83,9 @@ def verify(cache: CachePlace, as_json: Json = False) -> None:
 )
 def transcode(
     cache: CacheFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an unfinished one is gone on with.")],
+    out: Annotated[
+        Path, typer.Argument(parser=path, metavar="OUT", help="New folder; an unfinished one is gone on with.")
+    ],
     level: Annotated[int, typer.Option(help="Compression, 1 (fast) to 9 (small).")] = 5,
 ) -> None:
     """Write a compressed archive of a cache, or from an archive the cache again, to the bit as it was."""
@@ -122,7 +127,9 @@ def push(
 @app.command(epilog=examples("python -m cache_spec pull user/name caches/tiny.zarr"))
 def pull(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A dataset of the Hugging Face hub.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder; an unfinished pull is gone on with.")],
+    out: Annotated[
+        Path, typer.Argument(parser=path, metavar="OUT", help="New folder; an unfinished pull is gone on with.")
+    ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: the newest.")] = None,
 ) -> None:
     """Fetch a cache from the Hugging Face hub and compare every checksum on arrival. docs/hub.md has more."""

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import app_for, examples, run_command
 from cache_spec.copies import copies_for
 from evaluate.commands._options import CacheBytes, CacheDir
@@ -35,7 +36,7 @@ _EXAMPLES = (
 
 def evaluate(
     runs: Annotated[
-        Path | None, typer.Argument(help="The folder that python -m train wrote with --out, or one run.")
+        Path | None, typer.Argument(parser=path, help="The folder that python -m train wrote with --out, or one run.")
     ] = None,
     metrics: Annotated[
         str, typer.Option(help=f"Comma separated: {', '.join(available())}. Default: all of them.")
@@ -51,18 +52,22 @@ def evaluate(
     cache_bytes: CacheBytes = "",
     hook: Annotated[str, typer.Option(help="The cache's hook point for --sae; default: what its cfg.json says.")] = "",
     probe_data: Annotated[
-        list[Path] | None, typer.Option(help="Labelled text to probe on: a jsonl or csv file or a folder; repeatable.")
+        list[Path] | None,
+        typer.Option(parser=path, help="Labelled text to probe on: a jsonl or csv file or a folder; repeatable."),
     ] = None,
     sae_probes: Annotated[
         bool, typer.Option(help="Also probe on the out-of-distribution sets of the installed sae-probes package.")
     ] = False,
     shifted_text: Annotated[
         Path | None,
-        typer.Option(help="Text of another distribution, to reconstruct: a txt, jsonl or csv file or a folder."),
+        typer.Option(
+            parser=path, help="Text of another distribution, to reconstruct: a txt, jsonl or csv file or a folder."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where SAEs and model run: cpu, cuda, cuda:1, mps.")] = "cpu",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the report over all runs; default: RUNS, else evaluation.")
+        Path | None,
+        typer.Option(parser=path, help="Folder for the report over all runs; default: RUNS, else evaluation."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the generated test text and which rows are sampled.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again.")] = False,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.counts import parse_count
 from cache_spec.errors import UserError
 from cache_spec.hook_point import HookPoint
@@ -119,7 +120,8 @@ ClaimTimeout = Annotated[
 Scratch = Annotated[
     Path | None,
     typer.Option(
-        help="With a URL as --out: folder in which a shard is built before it is put. Default: a temporary one."
+        parser=path,
+        help="With a URL as --out: folder in which a shard is built before it is put. Default: a temporary one.",
     ),
 ]
 DryRun = Annotated[

@@ -1,11 +1,13 @@
 """The options of `python -m train`, in groups, each with the words that --help shows. Imports no torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.copies import DEFAULT_BYTES
 from train.names import available
 
@@ -15,8 +17,8 @@ _arches, _corruptions, _kernels, _penalties = (
 _GRID = "(grid)"  # these options take lists, with commas or given again; every combination is a run
 
 
-def _option(*names: str, help: str, min: int | None = None) -> object:
-    return typer.Option(*names, help=help, min=min)
+def _option(*names: str, help: str, min: int | None = None, parser: Callable[[str], Path] | None = None) -> object:
+    return typer.Option(*names, help=help, min=min, parser=parser)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,9 @@ class Options:
             help="(data) The activation cache that python -m harvest made: a folder, or s3://, gs:// or az:// URL."
         ),
     ]
-    out: Annotated[Path, _option(help="(data) Folder for the runs; each run gets a folder of its own in it.")]
+    out: Annotated[
+        Path, _option(parser=path, help="(data) Folder for the runs; each run gets a folder of its own in it.")
+    ]
     preset: Annotated[
         str, _option(help="Set many options at once: paper, the published set-up. What you give beside it wins.")
     ] = ""

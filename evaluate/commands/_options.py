@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.copies import DEFAULT_BYTES
 
-Run = Annotated[Path, typer.Argument(help="One run's folder, that python -m train wrote.")]
+Run = Annotated[Path, typer.Argument(parser=path, help="One run's folder, that python -m train wrote.")]
 Latents = Annotated[
     str, typer.Option(help="Which: all, 0-99, 3,7,20-29, or top, dead or random (100 of them; top:50 for 50).")
 ]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import examples as shown_examples
 from evaluate.commands._options import Cache, CacheBytes, CacheDir, Device, Examples, Latents, Model, Run, Seed, Tokens
 
@@ -22,7 +23,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 )
 def features(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Folder for the site: new, empty, or a former site, which it replaces.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="Folder for the site: new, empty, or a former site, which it replaces.")
+    ],
     latents: Latents = "all",
     cache: Cache = "",
     cache_dir: CacheDir = None,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import examples as shown_examples
 from evaluate.commands._options import Cache, CacheBytes, CacheDir, Device, Examples, Latents, Model, Run, Seed, Tokens
 
@@ -24,7 +25,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 )
 def neuronpedia(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Folder to write: new, empty, or a former export, which it replaces.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="Folder to write: new, empty, or a former export, which it replaces.")
+    ],
     latents: Latents = "all",
     cache: Cache = "",
     cache_dir: CacheDir = None,

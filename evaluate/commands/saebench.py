@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import examples
 from evaluate.saebench.run_saebench import NAMES
 
@@ -19,8 +20,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
     )
 )
 def saebench(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    out: Annotated[Path, typer.Option(help="New folder for the SAE, the recipe and the results.")],
+    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[Path, typer.Option(parser=path, help="New folder for the SAE, the recipe and the results.")],
     evals: Annotated[
         str,
         typer.Option(help=f"Comma separated: {', '.join(NAMES)}. Default: core, sparse_probing and absorption."),

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import examples
 from train.names import available
 
@@ -23,9 +24,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
     ),
 )
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run, or of an SAE that `import` reads.")],
+    run: Annotated[
+        Path, typer.Argument(parser=path, help="The folder of a finished run, or of an SAE that `import` reads.")
+    ],
     to: Annotated[str, typer.Option(help=f"The tool: {', '.join(available('formats'))}.")],
-    out: Annotated[Path, typer.Option(help="A new folder; sparsify's gets one in it, named after the hooked module.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="A new folder; sparsify's gets one in it, named after the hooked module.")
+    ],
     approximate: Annotated[
         bool, typer.Option("--approximate", help="For sparsify: write a top-k that is close to the SAE instead of it.")
     ] = False,

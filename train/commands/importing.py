@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import examples
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -22,8 +23,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
     ),
 )
 def import_(
-    folder: Annotated[Path, typer.Argument(help="The folder of one SAE.")],
-    out: Annotated[Path | None, typer.Option(help="A new folder to write it to. Default: only say what it is.")] = None,
+    folder: Annotated[Path, typer.Argument(parser=path, help="The folder of one SAE.")],
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="A new folder to write it to. Default: only say what it is.")
+    ] = None,
 ) -> None:
     # This imports torch, which takes seconds; --help and a mistyped option should not.
     from safetensors.torch import save

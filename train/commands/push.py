@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cache_spec.arguments import path
 from cache_spec.command import examples
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -18,7 +19,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
     )
 )
 def push(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="What train wrote with --out, or one run in it.")],
+    runs: Annotated[
+        Path, typer.Argument(parser=path, metavar="RUNS", help="What train wrote with --out, or one run in it.")
+    ],
     repo: Annotated[str, typer.Option(help="Where to: owner/name, a model of the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository for you alone.")] = False,
     dry_run: Annotated[
