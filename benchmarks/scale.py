@@ -73,6 +73,7 @@ def table(
     near: Annotated[float, typer.Option(help="GB/s from a GPU to the others of its node")] = 300.0,
     far: Annotated[float, typer.Option(help="GB/s from a GPU to those of other nodes")] = 20.0,
     plan_rate: Annotated[float, typer.Option(help="thousand tokens/s that planning reads and cuts")] = 300.0,
+    dead: Annotated[float, typer.Option(help="share of a million latents that are dead", min=0, max=1)] = 0.1,
     price: Annotated[float, typer.Option(help="of a GPU for an hour; 1 counts GPU hours")] = 1.0,
 ) -> None:
     """Print what it takes, and what limits it."""
@@ -103,14 +104,15 @@ def table(
         f"{saes} SAEs of 4096 latents, k 80, batch 2048, each whole on one GPU",
         {n: (sweep_bill(paper, saes, n_tokens, 2, "triton", machines), machines) for n, machines in given.items()},
     )
-    print_wide(make_job("batchtopk", "2304,1048576,80,4096", "bf16", "cuda"), n_tokens, given)
+    print_wide(make_job("topk", "2304,1048576,80,4096", "bf16", "cuda", dead), n_tokens, given)
 
 
 def print_wide(job: Job, n_tokens: int, given: dict[int, Machines]) -> None:
     """One SAE on all GPUs. Several can train it with the dense kernel only, so one alone may be ahead of two."""
     kernels = {n: "triton" if n == 1 else "dense" for n in given}
     bills = {n: (wide_bill(job, n_tokens, 1, kernels[n], machines), machines) for n, machines in given.items()}
-    print_rows(f"one SAE of {job.d_sae:,} latents, k {job.k}, batch {job.batch}, its latents on all GPUs", bills)
+    title = f"one SAE of {job.d_sae:,} latents ({job.dead:.0%} dead), {job.arch}, k {job.k}, batch {job.batch}"
+    print_rows(f"{title}, its latents on all GPUs", bills)
     for n, machines in given.items():
         needed = state_bytes(job, kernels[n], n)
         fits = "fits" if needed < machines.gpu_bytes else f"does NOT fit into {size(int(machines.gpu_bytes))}"

@@ -166,14 +166,20 @@ def stepper(job: Job) -> Callable[[], float]:
 
 
 def check_planning(folder: Path, loaded: LoadedModel, n_layers: int, n_tokens: int, rounds: int) -> list[Line]:
-    """Reading and cutting half the text and all of it."""
-    requests = [make_request(loaded, loaded.name, asked(folder, n_layers, str(n))) for n in (n_tokens // 2, n_tokens)]
+    """Reading and cutting texts: it takes a start, and then so long a token, both from the two shorter of three."""
+    sizes = [n_tokens, 4 * n_tokens, 16 * n_tokens]
+    write_text(folder / "long.txt", sizes[-1])
+    requests = [make_request(loaded, loaded.name, asked(folder, n_layers, str(n), "long.txt")) for n in sizes]
     with open_reader(loaded, requests[0].hook_points) as reader, quiet():
-        half, whole = in_turn(
+        found = in_turn(
             [lambda r=request: seconds_of(lambda: make_plan(loaded, reader, r)) for request in requests], rounds
         )
-    names = [f"planning {n:,} tokens" for n in (n_tokens // 2, n_tokens)]
-    return predicted(names, [1.0, 2.0], [half, whole])[0]
+    rate = (found[1] - found[0]) / (sizes[1] - sizes[0])
+    line = [found[0] + rate * (n - sizes[0]) for n in sizes]
+    return [
+        Line(what=f"planning {n:,} tokens", predicted=seconds, measured=measured, calibrates=i < 2)
+        for i, (n, seconds, measured) in enumerate(zip(sizes, line, found, strict=True))
+    ]
 
 
 def check_harvest(folder: Path, size: tuple[int, int], n_tokens: int, machines: Machines, rounds: int) -> list[Line]:
@@ -257,9 +263,9 @@ def random_model(folder: Path, d_model: int, n_layers: int) -> LoadedModel:
     return load_model(str(folder))
 
 
-def asked(folder: Path, n_layers: int, tokens: str) -> Options:
+def asked(folder: Path, n_layers: int, tokens: str, text: str = "text.txt") -> Options:
     """A harvest after the last layer."""
-    return Options(dataset=str(folder / "text.txt"), layers=str(n_layers - 1), tokens=tokens, context=WINDOW)
+    return Options(dataset=str(folder / text), layers=str(n_layers - 1), tokens=tokens, context=WINDOW)
 
 
 def print_check(n_tokens: int, rounds: int, toy: bool) -> None:

@@ -8,13 +8,15 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.model import Rates, floor_seconds
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import Job, n_dead
 
 ROW_COLUMNS = 20  # bytes of a row's columns in a cache of two variants
 STATE_BYTES = 14  # of a parameter on its GPU: weight and two moments in fp32, and its copy in bf16
 DENSE_BYTES, DENSE_CODES = 4, 4  # with the dense kernel also its gradient; and arrays [batch, d_sae] at one time
-CANDIDATES = 1.3  # for each of k: what is exchanged so that a top-k over all GPUs is exact
-ENTRY_BYTES = 8  # a value and which latent it is
+VALUE_BYTES = {"fp32": 4, "bf16": 2}  # of a pre-activation
+BATCH_WIDE = ("batchtopk", "matryoshka")  # their k largest are those of the batch; topk has k in every row
+CANDIDATES = 1.3  # for each of the k: what is exchanged so that a top-k over the whole batch is exact
+PREFIXES = {"matryoshka": 5}  # reconstructions that are summed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,21 +153,34 @@ def wide_bill(job: Job, n_tokens: float, n_variants: int, kernel: str, machines:
     )
 
 
+def link_bytes(job: Job, gpus: int) -> float:
+    """That a GPU gets from the others in a step: partial reconstructions summed in fp32, and candidates for the top.
+
+    Of each row topk sends k from every GPU. AuxK sends a few more than its share of the d_model / 2 best of the dead
+    (ten standard deviations of a Poisson count, a bit above what normal values need), and sums one more reconstruction.
+    """
+    others, values = (gpus - 1) / gpus, job.batch * VALUE_BYTES[job.precision]
+    n_used, dead = job.d_model // 2, n_dead(job)
+    n_bytes = 8.0 * others * job.batch * job.d_model * (PREFIXES.get(job.arch, 1) + (dead > 0))
+    if job.arch in BATCH_WIDE:
+        n_bytes += others * CANDIDATES * job.k * values
+    elif job.arch == "topk":
+        n_bytes += (gpus - 1) * job.k * values
+    if dead > n_used:
+        share = math.ceil(n_used / gpus)
+        n_bytes += (gpus - 1) * min(n_used, share + 10 * math.sqrt(share)) * values
+    return n_bytes
+
+
 def link_seconds(job: Job, machines: Machines) -> float:
-    """Of a step: the sum of all partial reconstructions in fp32, once round the GPUs, and everyone's candidates."""
-    if machines.gpus == 1:
-        return 0.0
-    link = machines.near if machines.nodes == 1 else machines.far
-    others = (machines.gpus - 1) / machines.gpus
-    reconstruction = 2 * others * 4 * job.batch * job.d_model
-    candidates = others * CANDIDATES * job.k * job.batch * ENTRY_BYTES
-    return (reconstruction + candidates) / link
+    """Of a step."""
+    return link_bytes(job, machines.gpus) / (machines.near if machines.nodes == 1 else machines.far)
 
 
 def state_bytes(job: Job, kernel: str, gpus: int) -> float:
     """On each of the GPUs that share one SAE: its parameters, moments and what else grows with its width."""
     parameters = 2.0 * job.d_model * job.d_sae
+    column = DENSE_CODES * job.batch * VALUE_BYTES[job.precision]
     if kernel != "dense":
-        return STATE_BYTES * parameters / gpus
-    codes = DENSE_CODES * job.batch * job.d_sae * {"fp32": 4, "bf16": 2}[job.precision]
-    return ((STATE_BYTES + DENSE_BYTES) * parameters + codes) / gpus
+        return (STATE_BYTES * parameters + column * n_dead(job)) / gpus
+    return ((STATE_BYTES + DENSE_BYTES) * parameters + column * (job.d_sae + n_dead(job))) / gpus

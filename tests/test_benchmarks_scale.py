@@ -17,6 +17,7 @@ from benchmarks.scale_model import (
     Machines,
     cache_bytes,
     harvest_bill,
+    link_bytes,
     link_seconds,
     state_bytes,
     sweep_bill,
@@ -101,10 +102,26 @@ def test_a_wide_sae_divides_its_steps_and_pays_links_beyond_the_node_more():
     assert dense == pytest.approx(1e9 / 2048 * floor_seconds(wide, "dense", ONE.rates) / 0.25)
 
 
+def test_what_gpus_send_each_other_depends_on_the_architecture_and_on_the_dead():
+    def wide(arch, dead=0.0):
+        return replace(JOB, arch=arch, d_sae=2**20, dead=dead)
+
+    reconstruction = 8 * 63 / 64 * 2048 * 2304
+    assert link_bytes(wide("standard"), 64) == reconstruction
+    assert link_bytes(wide("topk"), 64) - reconstruction == 63 * 80 * 2048 * 2  # k from each of the others, in bf16
+    assert link_bytes(wide("batchtopk"), 64) - reconstruction < 1.3 * 80 * 2048 * 2
+    assert link_bytes(wide("matryoshka"), 64) > 5 * reconstruction
+    auxk = link_bytes(wide("topk", 0.1), 64) - link_bytes(wide("topk"), 64) - reconstruction
+    assert auxk == pytest.approx(63 * 60.4 * 2048 * 2, rel=0.01)  # a share is 18; all of the best would be 1152
+    assert link_bytes(wide("topk", 1e-6), 64) == link_bytes(wide("topk"), 64) + reconstruction
+
+
 def test_a_wide_saes_memory_is_divided_and_the_dense_kernel_needs_more():
     wide = replace(JOB, d_sae=2**20)
     assert state_bytes(wide, "triton", 8) == state_bytes(wide, "triton", 1) / 8 == 14 * 2 * 2304 * 2**20 / 8
     assert state_bytes(wide, "dense", 1) == 18 * 2 * 2304 * 2**20 + 4 * 2 * 2048 * 2**20
+    dead = replace(wide, dead=0.25)
+    assert {state_bytes(dead, name, 1) - state_bytes(wide, name, 1) for name in ("triton", "dense")} == {2**13 * 2**19}
 
 
 def test_the_table_has_every_number_of_gpus_and_its_limit():
@@ -116,8 +133,8 @@ def test_the_table_has_every_number_of_gpus_and_its_limit():
     rows = re.findall(r"^ +(\d+) .*?([\d,]+)   (the model|a node's link|training steps)", done.output, re.MULTILINE)
     assert [int(gpus) for gpus, _, _ in rows] == [1, 8] * 3
     assert all(float(price.replace(",", "")) > 0 for _, price, _ in rows)
-    assert "1 GPUs, kernel triton: 67.6 GB on each, does NOT fit into 60.0 GB" in done.output
-    assert "8 GPUs, kernel dense: 15.2 GB on each, fits" in done.output
+    assert "1 GPUs, kernel triton: 71.1 GB on each, does NOT fit into 60.0 GB" in done.output
+    assert "8 GPUs, kernel dense: 15.6 GB on each, fits" in done.output
 
 
 def test_the_page_shows_what_the_command_prints_today():
@@ -153,8 +170,8 @@ def test_the_check_has_a_line_for_each_thing_and_the_ratio_is_of_its_two_times(m
     assert done.exit_code == 0, done.output
     lines = re.findall(r"^(\w.*?) {2,}([\d,.]+) (m?s) +([\d,.-]+) (m?s) +(-?[\d,.]+|-)$", done.output, re.MULTILINE)
     kinds = [what.split(" ")[0] for what, *_ in lines]
-    assert kinds == ["forward"] * 2 + ["planning"] * 2 + ["harvest"] * 2 + ["step"] * 2 + ["20"] * 2
-    for what, predicted, _, measured, unit, ratio in lines[:8]:
+    assert kinds == ["forward"] * 2 + ["planning"] * 3 + ["harvest"] * 2 + ["step"] * 2 + ["20"] * 2
+    for what, predicted, _, measured, unit, ratio in lines[:9]:
         if ratio != "-" and unit == "ms" and float(ratio) > 0.1:
             times = [float(text.replace(",", "")) for text in (predicted, measured)]
             assert times[0] / times[1] == pytest.approx(float(ratio), rel=0.2, abs=0.02), what
