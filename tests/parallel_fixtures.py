@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,24 @@ def _server() -> Any:
     return context
 
 
-def ranks(function: Callable[..., None], n: int, parallel: str, folder: Path, *arguments: Any) -> list[int | None]:
-    """Call `function(team, *arguments)` on `n` ranks; gives their exit codes. What they print is in rank_<i>.log."""
+def ranks(
+    function: Callable[..., None],
+    n: int,
+    parallel: str,
+    folder: Path,
+    *arguments: Any,
+    environs: Sequence[Mapping[str, str]] = (),
+) -> list[int | None]:
+    """Call `function(team, *arguments)` on `n` ranks; gives their exit codes. What they print is in rank_<i>.log.
+    `environs` has more of the environment of each, if there is more."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    where = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    each = [where | {"RANK": str(rank), **(environs[rank] if environs else {})} for rank in range(n)]
     processes = [
-        _server().Process(target=_rank, args=(function, rank, n, parallel, port, folder, arguments), daemon=True)
-        for rank in range(n)
+        _server().Process(target=_rank, args=(function, environ, parallel, folder, arguments), daemon=True)
+        for environ in each
     ]
     for process in processes:
         process.start()
@@ -51,15 +61,14 @@ def ranks(function: Callable[..., None], n: int, parallel: str, folder: Path, *a
     return codes
 
 
-def _rank(function: Any, rank: int, n: int, parallel: str, port: int, folder: Path, arguments: Any) -> None:
+def _rank(function: Any, environ: dict[str, str], parallel: str, folder: Path, arguments: Any) -> None:
     from cache_spec.command import run_command
     from train.ranks import joined, read_rank
 
-    with (folder / f"rank_{rank}.log").open("w") as log:
+    with (folder / f"rank_{environ['RANK']}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    environ = {"RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(environ)
 
     def work() -> None:

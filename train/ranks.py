@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from cache_spec.errors import UserError
+from train.meeting import meet
 from train.parallel.axis import ALONE, Axis, Spread
-from train.watch import INTERRUPTED, JobEnded, Rank, Watch, address, interrupted_once
+from train.watch import INTERRUPTED, JobEnded, Rank, Watch, interrupted_once
 
 PARALLEL = ("sweep", "data", "latents")
-JOIN_SECONDS = 120  # for all to come; they start together
 COLLECTIVE_SECONDS = 600  # for one exchange: the first rank may write a checkpoint meanwhile; the watch is faster
 _SAME_ERROR_SECONDS = 3.0
 _POLL_SECONDS = 0.005
@@ -180,8 +180,7 @@ def joined(rank: Rank, *, parallel: str, device: str) -> Iterator[Team]:
     with interrupted_once() as interrupted:
         if rank.index:
             _speak_by_name(rank)
-        store = _meet(rank)
-        members = _members(store, rank)
+        store, members = meet(rank)
         keeps = (parallel or PARALLEL[0]) == PARALLEL[0]
         with (
             Watch(store.clone(), rank, members, interrupted=interrupted, keeps=keeps) as watch,
@@ -203,36 +202,6 @@ def _speak_by_name(rank: Rank) -> None:
     root.setLevel(logging.WARNING)
     for handler in root.handlers:
         handler.setFormatter(logging.Formatter(f"{rank}: %(message)s"))
-
-
-def _meet(rank: Rank) -> "dist.PrefixStore":
-    """The store of the job. torchrun keeps it; without torchrun the first rank does."""
-    try:
-        wait = timedelta(seconds=JOIN_SECONDS)
-        store, _, _ = next(dist.rendezvous("env://", rank.index, rank.count, timeout=wait))
-    except (dist.DistError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{rank} found no meeting place at {address()} ({reason}); check that all processes were started and that "
-            "this machine reaches that one"
-        ) from None
-    return dist.PrefixStore(f"granary/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _members(store: "dist.PrefixStore", rank: Rank) -> tuple[Rank, ...]:
-    """All ranks, in order. Raises UserError if one does not come."""
-    store.set(f"member/{rank.index}", json.dumps(vars(rank)))
-    keys = [f"member/{index}" for index in range(rank.count)]
-    last = time.monotonic() + JOIN_SECONDS
-    while not store.check(keys):
-        if time.monotonic() > last:
-            missing = [str(index) for index, key in enumerate(keys) if not store.check([key])]
-            raise UserError(
-                f"of {rank.count} ranks {', '.join(missing)} did not come within {JOIN_SECONDS} s; look for their "
-                "errors above, or start all of them again"
-            )
-        time.sleep(_POLL_SECONDS)
-    return tuple(Rank(**json.loads(value)) for value in store.multi_get(keys))
 
 
 def _process_group(store: "dist.PrefixStore", rank: Rank, device: str) -> "dist.ProcessGroup":
