@@ -182,7 +182,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         data = read_bounded(file)
         refuse_links(file.parent, "a run's folder has none: put the file itself there")
-        facts = json_of(data)
+        facts = json_of(data, finite=True)
         if isinstance(facts, dict):
             check_parts(facts, FACTS)
     except CacheError as error:

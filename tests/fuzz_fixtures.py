@@ -2,12 +2,14 @@
 
 import copy
 import json
+import math
 import os
 import resource
 import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from cache_spec.files import seal
 # what nobody who writes such a document would put there, and what overflows, escapes or never ends if it is believed
 STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**18, 10**39, -(10**18), 0.0, -0.5, 1e308, 1e-320),
+    *(math.nan, math.inf, -math.inf),  # which Python writes and reads, and JSON does not have
     *("", "..", "../../../etc/passwd", "/etc/passwd", "a\0b", "\x1b[2J", "\u202e", "٣", "NaN", "clean", "9" * 5000),
     *([], {}, [[]], [None], {"": None}, [0] * 50, {"../x": 1}, "1.9999", "layer_" + "1" * 300, "x" * 5000),
     "__import__('os').system('true')",
@@ -93,10 +96,13 @@ def spelled(document: Any) -> bytes:
 
 
 def sealed(document: Any) -> Any:
-    """With the checksum that a stranger can make as well as we can; what has none stays."""
+    """With the checksum that a stranger can make as well as we can; what has none stays, as what holds NaN."""
     if not isinstance(document, dict):
         return document
-    return seal({key: value for key, value in document.items() if key != "crc32c"})
+    try:
+        return seal({key: value for key, value in document.items() if key != "crc32c"})
+    except ValueError:
+        return document
 
 
 @contextmanager
@@ -138,3 +144,38 @@ def everything(folder: Path) -> dict[str, bytes | str]:
         name = str(path.relative_to(folder))
         found[name] = os.readlink(path) if stat.S_ISLNK(mode) else path.read_bytes() if stat.S_ISREG(mode) else ""
     return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is drawn, and what is done with it; anything but a UserError is a fault of ours."""
+
+    drawn: st.SearchStrategy[Any]
+    use: Callable[[Any], None]
+
+
+def replacing(path: Path, use: Callable[[], None]) -> Callable[[bytes], None]:
+    """Use a folder while one of its files holds something else."""
+    true = path.read_bytes()
+
+    def with_data(data: bytes) -> None:
+        path.write_bytes(data)
+        try:
+            with bounded():
+                use()
+        finally:
+            path.write_bytes(true)
+
+    return with_data
+
+
+def document(path: Path, use: Callable[[], None], *, seal: Callable[[Any], Any] = lambda facts: facts) -> Target:
+    """A JSON file: near what it says, sealed or not, or its bytes damaged."""
+    replace = replacing(path, use)
+    drawn = near(json.loads(path.read_bytes()))
+    return Target(drawn.map(spelled) | drawn.map(seal).map(spelled) | damaged(path.read_bytes()), replace)
+
+
+def data(path: Path, use: Callable[[], None]) -> Target:
+    """A file of bytes."""
+    return Target(damaged(path.read_bytes()), replacing(path, use))

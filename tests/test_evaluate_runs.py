@@ -37,8 +37,8 @@ def evaluate(folder: Path) -> dict:
 @pytest.mark.parametrize(
     ("where", "changes", "words"),
     [
-        *((None, {"norm_factor": value}, "a finite number above 0 is wanted") for value in (0, -1.0, torch.nan)),
-        *((None, {"norm_factor": value}, "a finite number above 0 is wanted") for value in (torch.inf, "1", None)),
+        *((None, {"norm_factor": value}, "a finite number above 0 is wanted") for value in (0, -1.0, "1", None)),
+        *((None, {"norm_factor": value}, "is no number") for value in (torch.nan, torch.inf)),
         ("config", {"k": 17}, "says k is 17, and a whole number from 0 to 16 is wanted"),
         ("config", {"k": -1}, "says k is -1, and a whole number from 0 to 16 is wanted"),
         ("config", {"k": "many"}, "says k is 'many', and a whole number from 0 to 16 is wanted"),

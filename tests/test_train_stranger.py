@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import struct
@@ -14,20 +15,24 @@ from typing import Any
 import pytest
 import torch
 from fuzz_fixtures import bounded, everything, spelled
-from fuzz_targets import target, use_runs, use_sae
+from fuzz_runs import SHORT, STOPPED, use_runs, use_sae
+from fuzz_targets import target
 from safetensors.torch import load_file, save_file
 from train_fixtures import run_config
 
-from cache_spec import UserError
+from cache_spec import ActivationCache, UserError
 from evaluate.runs import RunsIncomplete, find_runs
 from train.checkpoint import checkpoint_step, last_logged, restore_checkpoint
 from train.foreign import read_folder
 from train.formats import sparsify
 from train.kernels import select
 from train.known import check_facts, check_report
-from train.pushing import read_runs
+from train.loader import MixedBatchLoader
+from train.pushing import read_report, read_runs
+from train.report import print_results
 from train.run_folder import check_out, holds_files, load_run, read_facts
 from train.step import TrainRun
+from train.sweep import failures_sentence, train_sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,6 +215,48 @@ def test_a_run_json_whose_parts_are_something_else_is_refused_by_all(runs, chang
     use_runs(runs)
 
 
+@pytest.mark.parametrize("file", ["topk/run.json", "topk/cfg.json", "topk/report.json", "report.json"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_has_not_is_not_pushed(runs, file, number):
+    edit(runs / file, calibration={"x": number})
+    read = read_report if file == "report.json" else read_runs
+    with pytest.raises(UserError, match=f"{Path(file).name}.*is no number"):
+        read(runs)
+    use_runs(runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        *(({name: ["x"]}, f"{name} is .*no text") for name in ("name", "recipe", "kernel", "spread")),
+        *(({name: math.nan}, "NaN is no number") for name in ("norm_factor", "anything")),
+        *(({"norm_factor": value}, "holds another run: norm_factor") for value in (0, True, "1", None, 10**39, 3.0)),
+        ({"target_norm_factor": 3.0}, "holds another run: target_norm_factor"),
+        ({"name": "other"}, "holds another run: name"),
+        ({"status": "training "}, "no status that a run can have"),
+        ({"tokens_seen": "0"}, "tokens_seen"),
+    ],
+)
+def test_what_training_goes_on_with_is_looked_at_first(made, tmp_path, changes, word):
+    runs = Path(shutil.copytree(made / "sweep", tmp_path / "runs"))
+    edit(runs / "stopped/run.json", **changes)
+    loader, before = MixedBatchLoader(ActivationCache.open(made / "training_cache"), SHORT), everything(runs)
+    with pytest.raises(UserError, match=word):
+        train_sweep(loader, STOPPED, out=runs, resume=True)
+    assert everything(runs) == before
+
+
+def test_a_failed_run_that_says_nothing_of_how_has_its_line(made, tmp_path, capsys):
+    runs = Path(shutil.copytree(made / "sweep", tmp_path / "runs"))
+    loader = MixedBatchLoader(ActivationCache.open(made / "training_cache"), SHORT)
+    for failure in (None, {}, {"step": "x", "checkpoint": []}, {"step": None, "reason": "x" * 5000}):
+        edit(runs / "failed/run.json", failure=failure, held_out={"l0": "x", "n_dead": None}, calibration={"x": []})
+        facts = train_sweep(loader, STOPPED, out=runs, resume=True)
+        print_results(facts, runs)
+        assert len(failures_sentence(facts)) < 500
+    assert "failed at step 0" in capsys.readouterr().out
+
+
 def test_what_the_page_of_a_run_tells_is_there_before_it_is_told(runs):
     facts = json.loads((runs / "topk/run.json").read_bytes())
     check_facts(facts, "run.json")
@@ -242,8 +289,8 @@ def test_a_line_of_the_log_that_is_none_ends_it(made, tmp_path, line):
 
 
 def test_no_runs_at_all_is_a_sentence(runs):
-    for run in runs.iterdir():
-        (run / "run.json").write_bytes(b"9" * 5000)
+    for run in ("topk", "batchtopk"):
+        (runs / run / "run.json").write_bytes(b"9" * 5000)
     with pytest.raises(RunsIncomplete, match="is not JSON"):
         find_runs(runs)
 

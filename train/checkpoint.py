@@ -148,7 +148,7 @@ def last_logged(folder: Path) -> dict[str, Any]:
 def _logged(line: bytes) -> dict[str, Any] | None:
     """A line of log.jsonl; None if it is none, as a kill or a full disk leaves it."""
     try:
-        facts = json_of(line)
+        facts = json_of(line, finite=True)
     except ValueError:
         return None
     return facts if isinstance(facts, dict) and type(facts.get("step")) is int else None

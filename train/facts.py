@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from cache_spec.layout import FLAG_BOS
 from train.config import HOW_READ, DataConfig, RunConfig
 from train.kernels._select import Kernel
+from train.known import number_of
 from train.loader import MixedBatchLoader
 from train.run_folder import TRAINING
 from train.scale import recipe_label
@@ -86,14 +88,25 @@ def differing_facts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for part in ("config", "data"):
         before, after = {**_BEFORE_THERE_WAS_A_CHOICE.get(part, {}), **(old.get(part) or {})}, new[part]
         differences += [
-            f"{key} ({before.get(key)}, now {after.get(key)})"
+            f"{key} ({before.get(key)!s:.80}, now {after.get(key)})"
             for key in sorted(before.keys() | after.keys())
             if before.get(key) != after.get(key)
         ]
     before = (old.get("cache") or {}).get("cache_id")
     if before != new["cache"]["cache_id"]:
-        differences.append(f"cache ({before}, now {new['cache']['cache_id']})")
+        differences.append(f"cache ({before!s:.80}, now {new['cache']['cache_id']})")
+    if old.get("name") != new["name"]:
+        differences.append(f"name ({old.get('name')!s:.80}, now {new['name']})")
+    for key in ("norm_factor", "target_norm_factor"):  # rows are divided by the new one, and the SAE folds in the old
+        if not _is_near(old.get(key), new[key]):
+            differences.append(f"{key} ({old.get(key)!s:.80}, now {new[key]})")
     return differences
+
+
+def _is_near(before: object, now: float | None) -> bool:
+    """Whether two factors are the same but for rounding, which a device does in its own way."""
+    number = number_of(before)
+    return before is now if number is None or now is None else math.isclose(number, now, rel_tol=1e-6)
 
 
 def git_commit() -> str:

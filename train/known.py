@@ -7,6 +7,7 @@ from cache_spec.errors import UserError
 
 _NUMBER = (int, float)
 _PARTS = ("config", "data", "cache", "held_out", "failure", "versions", "calibration")
+_TEXTS = ("name", "recipe", "kernel", "spread")
 _WANTED: dict[str, tuple[type, ...]] = {
     **{f"config.{name}": (int,) for name in ("d_sae", "k", "seed")},
     **{f"data.{name}": (str,) for name in ("masked_variant", "positions", "target")},
@@ -30,10 +31,24 @@ AGAIN = "move its folder away and train the run again"
 
 
 def check_parts(facts: Mapping[str, Any], where: object) -> None:
-    """Raises UserError if a part of run.json that holds facts by name is something else. Parts may be missing."""
-    for name in _PARTS:
-        if not isinstance(facts.get(name), dict | None):
-            raise UserError(f"{where} says {name} is {facts[name]!r:.40}, which is no object; {AGAIN}")
+    """Raises UserError if a part of run.json that holds facts by name, or a text, is something else.
+
+    Parts may be missing.
+    """
+    for names, kind, what in ((_PARTS, dict, "object"), (_TEXTS, str, "text")):
+        for name in names:
+            if not isinstance(facts.get(name), kind | None):
+                raise UserError(f"{where} says {name} is {facts[name]!r:.40}, which is no {what}; {AGAIN}")
+
+
+def number_of(value: object) -> float | None:
+    """The value if it is a number, else None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def numbers_in(facts: Mapping[str, Any], part: str) -> dict[str, float]:
+    """What a part of run.json says by name, as far as it is numbers; nothing if the part is not there."""
+    return {name: number for name, value in (facts.get(part) or {}).items() if (number := number_of(value)) is not None}
 
 
 def check_facts(facts: Mapping[str, Any], where: object) -> None:

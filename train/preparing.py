@@ -13,12 +13,24 @@ from train.config import RunConfig
 from train.engine import Kernel
 from train.entry import Entry
 from train.facts import differing_facts, run_facts
+from train.known import check_facts
 from train.loader import MixedBatchLoader
 from train.parallel.agree import led
 from train.parallel.axis import ALONE, Spread
 from train.passes import step_cost
 from train.ranks import Team
-from train.run_folder import COMPLETE, FAILED, GO_ON, check_out, failure_of, hold, holds_files, read_facts
+from train.run_folder import (
+    COMPLETE,
+    FACTS,
+    FAILED,
+    GO_ON,
+    TRAINING,
+    check_out,
+    failure_of,
+    hold,
+    holds_files,
+    read_facts,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +78,8 @@ def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], resume: 
             old["status"], "go on with it"
         )
         raise UserError(f"{folder} holds this run already, {state}; add --resume to {then}, or name another --out")
+    if old["status"] == TRAINING:
+        check_facts(old, folder / FACTS)
     if old["status"] == FAILED:
         _log.warning("%s; it stays as it is, for the same recipe fails again at the same step", failure_of(old))
 

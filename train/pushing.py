@@ -104,7 +104,7 @@ def read_report(runs: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json_of(read_bounded(path, MOST_REPORT))
+        found = json_of(read_bounded(path, MOST_REPORT), finite=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); make it again, or move it away") from None
     if not isinstance(found, dict):

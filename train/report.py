@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
+from train.known import numbers_in
 from train.loader import MixedBatchLoader
 from train.parallel.axis import ALONE, Spread
 from train.passes import n_parameters, needed_bytes, passes_sentence, split
@@ -139,10 +140,10 @@ def print_results(facts: Sequence[dict[str, Any]], out: Path) -> None:
     print(f"\n{'run':<{width}}  {'L0':>7}  {'explained':>9}  {'dead':>6}  folder")
     for fact in facts:
         if fact["status"] == FAILED:
-            where = f"failed at step {fact['failure']['step']:,}"
+            where = f"failed at step {numbers_in(fact, 'failure').get('step', 0):,}"
             print(f"{fact['name']:<{width}}  {where:>26}  {out / fact['name']}")
             continue
-        seen = fact.get("held_out") or {}
+        seen = numbers_in(fact, "held_out")
         l0, explained = seen.get("l0"), seen.get("explained_variance")
         print(
             f"{fact['name']:<{width}}  {'-' if l0 is None else f'{l0:.2f}':>7}  "
@@ -156,14 +157,14 @@ def notes(facts: Sequence[dict[str, Any]]) -> list[str]:
     """What in the results a person should look at, one sentence each."""
     found = []
     for fact in facts:
-        n_dead, d_sae = (fact.get("held_out") or {}).get("n_dead") or 0, fact["config"]["d_sae"]
+        seen, d_sae = numbers_in(fact, "held_out"), fact["config"]["d_sae"]
+        n_dead = seen.get("n_dead", 0)
         if n_dead > _MANY_DEAD * d_sae:
             found.append(
                 f"{fact['name']}: {n_dead:,} of {d_sae:,} latents are dead; train on more tokens, lower --dead-tokens "
                 "so that auxk sets in earlier, or take a smaller --d-sae"
             )
-        seen = fact.get("held_out") or {}
-        if (seen.get("explained_variance") or 0) < 0:
+        if seen.get("explained_variance", 0) < 0:
             found.append(
                 f"{fact['name']}: it reconstructs worse than the mean row would, so it diverged; train it with a "
                 "lower --lr into another --out"
@@ -174,8 +175,8 @@ def notes(facts: Sequence[dict[str, Any]]) -> list[str]:
                 f"{fact['name']}: L0 is {l0:.1f} on clean rows and {aim} was aimed at; train on more tokens, or give "
                 "--penalty l0 a larger coefficient"
             )
-        k, calibration = fact["config"]["k"], fact.get("calibration") or {}
-        before = calibration.get("clean_l0_at_training_threshold", k)
+        k = fact["config"]["k"]
+        before = numbers_in(fact, "calibration").get("clean_l0_at_training_threshold", k)
         if abs(before - k) > _FAR_FROM_K * k:
             found.append(
                 f"{fact['name']}: the threshold averaged in training gave L0 {before:.1f} on clean rows; it was "

@@ -65,21 +65,13 @@ def unsealed(facts: dict[str, Any], text: bytes, path: Path) -> dict[str, Any]:
 
     An old one without a checksum is taken as it is, and so is one that a program has spelled in another way.
     """
-    sealed = seal(without_seal(facts)) if SEAL in facts and text == _spelled(facts) else facts
+    sealed = seal(without_seal(facts)) if SEAL in facts and text == readable_json(facts) else facts
     if sealed != facts:
         raise UserError(
             f"{path} does not match its own checksum, so it was changed after it was written; put it back as it was, "
             f"or delete its line {SEAL} if the change is yours"
         )
     return without_seal(facts)
-
-
-def _spelled(facts: dict[str, Any]) -> bytes:
-    """As we write it; nothing if it holds NaN, which we do not write."""
-    try:
-        return readable_json(facts)
-    except ValueError:
-        return b""
 
 
 def sum_of(path: Path) -> dict[str, Any]:
@@ -150,7 +142,7 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     try:
         data = read_bounded(folder / FACTS)
         refuse_links(folder, "a run's folder has none: put the file itself there, or move the folder away")
-        facts = json_of(data)
+        facts = json_of(data, finite=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except CacheDamaged as error:
@@ -159,8 +151,11 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{folder / FACTS} is not JSON ({error}); move {folder} away and train it again") from None
     if not isinstance(facts, dict):
         raise UserError(f"{folder / FACTS} is not a JSON object; move {folder} away and train it again")
-    if not isinstance(facts.get("status"), str):
-        raise UserError(f"{folder / FACTS} has no status; move {folder} away and train it again")
+    if facts.get("status") not in (TRAINING, COMPLETE, FAILED):
+        raise UserError(
+            f"{folder / FACTS} has no status that a run can have ({facts.get('status')!r:.40}); move {folder} away and "
+            "train it again"
+        )
     check_parts(facts, folder / FACTS)
     return unsealed(facts, data, folder / FACTS)
 
@@ -171,8 +166,8 @@ def failure_of(facts: dict[str, Any]) -> str:
     failure = said if isinstance(said, dict) else {}
     kept = failure.get("checkpoint")
     return (
-        f"{facts.get('name')} failed at step {failure.get('step')} ({failure.get('reason')}; "
-        f"{f'its last good checkpoint is step {kept}' if kept else 'it has no checkpoint'})"
+        f"{facts.get('name')} failed at step {failure.get('step')!s:.20} ({failure.get('reason')!s:.80}; "
+        f"{f'its last good checkpoint is step {kept!s:.20}' if kept else 'it has no checkpoint'})"
     )
 
 

@@ -109,7 +109,7 @@ def refuse_links_in(folder: Path) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError that starts with what is wrong with it."""
     try:
-        facts = json_of(read_bounded(path))
+        facts = json_of(read_bounded(path), finite=True)
     except FileNotFoundError:
         raise UserError(f"it has no {path.name}; {AGAIN}") from None
     except (OSError, ValueError) as error:
