@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from train_fixtures import DATA, make_training_cache, run_config
 
 from cache_spec import ActivationCache
+from train import finishing
 from train.checkpoint import checkpoint_step
 from train.config import DataConfig
 from train.loader import MixedBatchLoader
+from train.passes import needed_bytes
 from train.ranks import Team
 from train.run_folder import load_run
 from train.sweep import train_sweep
@@ -158,6 +160,35 @@ def test_a_stopped_run_goes_on_on_another_number_of_ranks_and_in_another_way(cac
     assert ranks(ended, 2, "data", tmp_path, cache, runs, out, 50, signal.SIGINT) == STOPPED[:2], logs(tmp_path)
     assert "was trained with latents over 4 processes so far" in logs(tmp_path)
     assert ranks(ended, 2, "latents", tmp_path, cache, runs, out, 70, signal.SIGINT) == STOPPED[:2], logs(tmp_path)
+    train_sweep(loader_of(cache), runs, out=out, kernel="dense", checkpoint_every=EVERY, resume=True)
+    assert_alike(out, alone, runs)
+
+
+def struck_at_the_end(team, cache, runs, out, n):
+    """Train each run in a pass of its own, or all in one, until one rank gets a signal while the first is written."""
+    struck = []
+
+    def strike(*arguments):
+        if team.rank.index == 1 and not struck:
+            os.kill(os.getpid(), signal.SIGTERM)
+        struck.append(finish_one(*arguments))
+
+    with pytest.MonkeyPatch.context() as patch:
+        finish_one = finishing._finish_one
+        patch.setattr(finishing, "_finish_one", strike)
+        loader = loader_of(cache, team)
+        memory = needed_bytes(runs[:n], loader, 1, "dense", team.spread)
+        train_sweep(loader, runs, out=out, kernel="dense", checkpoint_every=EVERY, memory=memory, team=team)
+
+
+@pytest.mark.parametrize(("n", "step"), [(1, 1), (2, N_STEPS)])
+def test_a_signal_while_a_run_is_finished_stops_before_the_next_one(n, step, cache, alone, tmp_path):
+    """In the same pass and in the one after it."""
+    runs, out = [RUNS[0], OTHERS[3]], tmp_path / "runs"
+    assert ranks(struck_at_the_end, 2, "data", tmp_path, cache, runs, out, n) == STOPPED[:2], logs(tmp_path)
+    assert f"add --resume to go on from step {step}" in (tmp_path / "rank_0.log").read_text()
+    assert [facts_of(out, run.name)["status"] for run in runs] == ["complete", "training"]
+    assert_alike(out, alone, runs[:1])
     train_sweep(loader_of(cache), runs, out=out, kernel="dense", checkpoint_every=EVERY, resume=True)
     assert_alike(out, alone, runs)
 

@@ -1,5 +1,7 @@
 """The end of runs: their thresholds calibrated, measured on held-out rows, and written."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from train.calibration import calibrate, calibration_rows, has_running_threshold
@@ -14,13 +16,15 @@ HeldOut = tuple[Tensor | None, Tensor | None]
 """Rows, and a transcoder's targets."""
 
 
-def finish(entries: list[Entry], loader: MixedBatchLoader, held_out: HeldOut) -> None:
-    """Measure and write every run; all have a checkpoint first, so a full disk at one costs the others nothing."""
+def finish(entries: list[Entry], loader: MixedBatchLoader, held_out: HeldOut, heed_signals: Callable[[], None]) -> None:
+    """Measure and write every run; all have a checkpoint first, so a full disk at one costs the others nothing.
+    `heed_signals` as `stopping_together` gives it."""
     for entry in entries:
         save_checkpoint(entry.folder, entry.training)
     wanted = any(entry.config.calibrate and has_running_threshold(entry.training.sae) for entry in entries)
     rows = calibration_rows(loader) if wanted else []
     for entry in entries:
+        heed_signals()
         _finish_one(entry, loader, rows, held_out)
 
 

@@ -159,12 +159,14 @@ class _Sweep:
         if self._team.rank.count > 1:
             spread = self._team.spread
             what += f", {spread}" if spread.size > 1 else f" on rank 0 of {self._team.rank.count}"
-        with Progress(what, n_left, "SAE steps", shown=self._team.is_first) as progress:
+        with (
+            Progress(what, n_left, "SAE steps", shown=self._team.is_first) as progress,
+            stopping_together(self._team.spread, self._team.has_lost) as heed_signals,  # one for all passes
+        ):
             for i, part in enumerate(passes):
                 if len(passes) > 1:
                     _log.info("pass %s of %s: %s SAEs", i + 1, len(passes), len(part))
                 with (
-                    stopping_together(self._team.spread, self._team.has_lost) as after_step,
                     _closed(part),
                     _kept_at_ctrl_c(part),
                     _kept_at_damage(part),
@@ -172,10 +174,10 @@ class _Sweep:
                 ):
                     for entry in part:
                         entry.start(loader, self._open_tracker)
-                    self._train(part, progress, after_step)
-                    finish([entry for entry in part if entry.run is not None], loader, self._held_out)
+                    self._train(part, progress, heed_signals)
+                    finish([entry for entry in part if entry.run is not None], loader, self._held_out, heed_signals)
 
-    def _train(self, entries: list[Entry], progress: Progress, after_step: Callable[[], None]) -> None:
+    def _train(self, entries: list[Entry], progress: Progress, heed_signals: Callable[[], None]) -> None:
         """Run all steps of one pass; meanwhile the loader reads ahead."""
         loader = self._loader
         if new := [entry for entry in entries if entry.training.n_done == 0]:
@@ -207,7 +209,7 @@ class _Sweep:
                         _log.warning("%s%s", failure_of(entry.facts), "; the other runs go on" if others else "")
                 if all(entry.run is None for entry in entries):
                     return
-                after_step()
+                heed_signals()
                 speed = (rows.step + 1 - first) * loader.data.batch_size / max(time.monotonic() - began, 1e-9)
                 progress.advance(len(current), note=_note(entries, speed) if rows.step % _NOTE_EVERY == 0 else "")
                 rows = following

@@ -79,8 +79,8 @@ def check_copies(spread: Spread, copies: Sequence[Tensor], advice: str) -> None:
 def stopping_together(spread: Spread, lost: Callable[[], bool]) -> Iterator[Callable[[], None]]:
     """While it lasts, a signal that one process gets stops all of them at the end of the same step.
 
-    They call what it gives after each step, and there it raises StoppedTogether. Where `lost` says that a process is
-    gone, a signal does what it did before.
+    They call what it gives after each step and between the runs that they finish, and there it raises StoppedTogether.
+    Where `lost` says that a process is gone, a signal does what it did before.
     """
     if spread.size == 1:
         yield lambda: None
