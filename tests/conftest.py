@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from hypothesis import settings
-from store_fixtures import proxy, store_server, store_url  # noqa: F401
+from store_fixtures import folder_root, proxy, store_server, store_url  # noqa: F401
 
 # How long an example takes says how busy the machine is. All else is as hypothesis chooses it here or in CI.
 settings.register_profile("granary", settings.get_profile(settings.get_current_profile_name()), deadline=None)

@@ -20,6 +20,7 @@ from cache_spec.errors import ObjectMissing, RoomTooSmall, StoreError
 from cache_spec.layout import PLAN, activation_file, column_types, record_file
 from cache_spec.mirror import Mirror
 from cache_spec.remote import open_cache
+from cache_spec.state import read_plan
 from cache_spec.store import open_store
 
 ONE = activation_file("layer_1", "clean", 1)
@@ -206,10 +207,13 @@ def test_a_second_look_fetches_nothing(folder, uploaded, proxy: Proxy, tmp_path)
 def test_another_cache_at_the_same_url_has_other_copies(tmp_path):
     place, other = tmp_path / "cache.zarr", make_plan(seed=1)
     make_cache(place, make_plan())
-    check_same(opened(f"file://{place}", tmp_path / "copies"), ActivationCache.open(place))
+    first = opened(f"file://{place}", tmp_path / "copies")
+    check_same(first, ActivationCache.open(place))
     place.rename(tmp_path / "former.zarr")
     make_cache(place, other)
-    check_same(opened(f"file://{place}", tmp_path / "copies"), ActivationCache.open(place))
+    second = opened(f"file://{place}", tmp_path / "copies")
+    check_same(second, ActivationCache.open(place))
+    assert [read_plan(cache.path) for cache in (first, second)] == [make_plan(), other]
 
 
 def test_many_threads_fetch_a_file_once(folder, uploaded, proxy: Proxy, tmp_path):

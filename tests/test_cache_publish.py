@@ -37,15 +37,6 @@ def root(store_url) -> StorePath:
     return found
 
 
-@pytest.fixture
-def folder_root(tmp_path) -> StorePath:
-    """A store that is a folder: the same steps, in a hundredth of the time."""
-    pytest.importorskip("obstore")
-    found = place_of(f"file://{tmp_path}/store", IMPATIENT)
-    assert isinstance(found, StorePath)
-    return found
-
-
 def built(folder: Path, plan, shard: int, *, other: bool = False) -> Path:
     """A folder that holds one shard; with `other`, with the numbers of another kind of device."""
     create_cache(folder, plan)

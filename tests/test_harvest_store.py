@@ -16,6 +16,7 @@ from cache_spec import CacheConflict, DiskFull, StoreError, UserError, verify_ca
 from cache_spec.layout import LOCK, UPLOADS, record_file
 from cache_spec.publish import publish_shard
 from cache_spec.state import read_root, recorded_shards
+from cache_spec.store import Store
 from cache_spec.store_path import StorePath, place_of
 from harvest import forecast, run, target
 from harvest.model import load_model
@@ -214,6 +215,29 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(loaded, text, plain, 
     (leftover / "0123" / "shard").write_bytes(b"0" * 100)
     run.harvest(loaded, request_for(loaded, text), folder_url, scratch=scratch)
     assert list(scratch.iterdir()) == []
+    assert objects(folder_url) == contents(plain)
+
+
+def test_a_shard_whose_writer_died_when_it_was_chosen_is_finished_and_not_made_again(
+    loaded, text, plain, folder_url, scratch, monkeypatch
+):
+    made, publish = [], target.publish_shard
+
+    def counting(root, plan, shard, folder):
+        made.append(shard)
+        return publish(root, plan, shard, folder)
+
+    def away(self, source, to):
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(target, "publish_shard", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "copy", away)
+        with pytest.raises(StoreError, match="is away"):
+            run.harvest(loaded, request_for(loaded, text), folder_url, scratch=scratch)
+    (chosen,) = made
+    run.harvest(loaded, request_for(loaded, text), folder_url, scratch=scratch)
+    assert made.count(chosen) == 1
     assert objects(folder_url) == contents(plain)
 
 
