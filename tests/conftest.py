@@ -13,15 +13,18 @@ settings.load_profile("granary")
 
 LONGEST = (
     "test_house_readme.py",
-    "test_train_triton.py",
-    "test_faults_strikes.py",
     "test_train_parallel.py",
-    "test_harvest_kill.py",
-    "test_evaluate_order.py",
     "test_faults_strikes_runs.py",
+    "test_faults_strikes.py",
+    "test_faults_shared.py",
+    "test_evaluate_order.py",
+    "test_train_triton.py",
     "test_harvest_join.py",
+    "test_harvest_kill.py",
+    "test_house_shell.py",
+    "test_train_ranks_sweep.py",
 )
-"""Files of tests that take minutes: first, so that in the end no core waits for another."""
+"""Files of tests that take half a minute to minutes: first, so that in the end no core waits for another."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
