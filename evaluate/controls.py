@@ -10,11 +10,9 @@ from torch import Tensor
 from cache_spec.seeds import derive_seed
 from evaluate.oracle import fit_oracle
 from evaluate.rows import Rows
-from evaluate.runs import Run
+from evaluate.runs import Run, architecture
 from evaluate.subject import Bench, Dictionary, Learned, Subject, chunks, matched_threshold
-from train import names
 from train.activations import RUNNING, TopK
-from train.recipe import Recipe
 from train.sae import SparseAutoencoder, geometric_median
 from train.saelens import fold
 from train.step import new_sae
@@ -42,11 +40,6 @@ def oracle_subject(bench: Bench, seed: int = 0) -> Subject:
     assert bench.language is not None
     oracle = fit_oracle(bench.language.even)
     return Subject(name="oracle", dictionary=oracle, raw=oracle, bench=bench, held_out=bench.language.test, seed=seed)
-
-
-def architecture(run: Run) -> Recipe:
-    """The architecture of a run, by its name."""
-    return getattr(names.find("architectures", run.arch), run.arch)(run.d_sae, run.k)
 
 
 @torch.no_grad()

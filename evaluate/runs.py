@@ -11,6 +11,8 @@ from cache_spec.remote import open_cache as open_anywhere
 from cache_spec.untrusted import json_of, read_bounded, refuse_links
 from evaluate.recipes import DROPOUT, NOISE, RANDOM_TOKEN, SMALL
 from train.known import check_parts
+from train.names import find
+from train.recipe import Recipe
 from train.run_folder import COMPLETE, FACTS, FAILED, failure_of, unsealed
 
 UNFINISHED = "not finished; run the same python -m train with --resume"
@@ -206,7 +208,7 @@ def _run(file: Path, facts: dict[str, Any]) -> Run:
         d_sae = _whole("d_sae", config["d_sae"], least=1)
         if config["masked_fraction"] and positions != "all":
             recipe += f", {positions}"
-        return Run(
+        run = Run(
             path=file.parent,
             name=str(facts["name"]),
             recipe=recipe,
@@ -224,8 +226,23 @@ def _run(file: Path, facts: dict[str, Any]) -> Run:
             data_seed=_whole("seed", data.get("seed", 0)),
             init_b_dec=str(config.get("init_b_dec") or ""),
         )
+    except UserError:
+        raise  # it says what is wrong
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{FACTS} lacks or garbles {error}; {AGAIN}") from error
+    try:
+        architecture(run)
+    except UserError as error:
+        raise UserError(f"{FACTS} says what nothing was trained with: {error}; {AGAIN}") from error
+    return run
+
+
+def architecture(run: Run) -> Recipe:
+    """The architecture of a run, by its name. Raises UserError if there is none of that name, size and k."""
+    recipe: Recipe = getattr(find("architectures", run.arch), run.arch)(run.d_sae, run.k)
+    if recipe.uses_k and not run.k:
+        raise UserError(f"its architecture is {run.arch}, which has a k of 1 or more, and its k is 0")
+    return recipe
 
 
 def _whole(name: str, value: object, *, least: int = 0, most: int | None = None) -> int:

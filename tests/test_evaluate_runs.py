@@ -39,6 +39,10 @@ def evaluate(folder: Path) -> dict:
     [
         *((None, {"norm_factor": value}, "a finite number above 0 is wanted") for value in (0, -1.0, "1", None)),
         *((None, {"norm_factor": value}, "is no number") for value in (torch.nan, torch.inf)),
+        ("config", {"arch": "nosuch"}, "says what nothing was trained with: there is no architecture 'nosuch'"),
+        ("config", {"arch": "../step"}, "says what nothing was trained with: there is no architecture '../step'"),
+        ("config", {"arch": "matryoshka"}, "says what nothing was trained with: --d-sae 16 is too small"),
+        ("config", {"k": 0}, "its architecture is batchtopk, which has a k of 1 or more, and its k is 0"),
         ("config", {"k": 17}, "says k is 17, and a whole number from 0 to 16 is wanted"),
         ("config", {"k": -1}, "says k is -1, and a whole number from 0 to 16 is wanted"),
         ("config", {"k": "many"}, "says k is 'many', and a whole number from 0 to 16 is wanted"),
@@ -54,6 +58,17 @@ def test_a_number_that_is_none_leaves_its_run_out(runs, where, changes, words):
     complete, left_out = find_runs(runs)
     assert len(complete) == 3
     assert words in left_out[file.parent.name]
+    assert left_out[file.parent.name].count("run.json") == 1
+
+
+def test_a_run_of_an_architecture_that_is_none_does_not_keep_the_others_from_being_measured(runs):
+    copy = Path(shutil.copytree(next(runs.glob("*unmasked_seed0")), runs / "a_copy"))
+    facts = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**facts, "config": {**facts["config"], "arch": "nosuch"}}))
+    with pytest.raises(RunsIncomplete, match="^1 of 5 SAEs are not in the report; a_copy: run.json says .*'nosuch'"):
+        evaluate(runs)
+    trained = [result for result in json.loads((runs / "report.json").read_text())["runs"] if result["path"]]
+    assert len(trained) == 4
 
 
 def test_a_damaged_copy_does_not_put_the_good_run_out(runs, capsys):
