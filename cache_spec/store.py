@@ -101,6 +101,18 @@ class Store:
 
         return self._ask(key, get)
 
+    def read_start(self, key: str, most: int) -> tuple[bytes, int]:
+        """The first bytes of an object, at most so many, and how many it has in all."""
+        import obstore
+
+        def get() -> tuple[bytes, int]:
+            found = obstore.get(self._once, key)
+            n_bytes = min(most, size := found.meta["size"])
+            start = bytes(next(iter(found.stream(min_chunk_size=n_bytes + 1)), b""))
+            return _whole(start[:n_bytes], n_bytes), size
+
+        return self._ask(key, get)
+
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start` on, all of which must be there."""
         import obstore

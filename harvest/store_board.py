@@ -25,10 +25,10 @@ class StoreBoard:
     def read(self, name: str) -> Note | None:
         """As Board says."""
         try:
-            data = self._store.read(f"{CLAIMS}/{name}")
+            head, n_bytes = self._store.read_start(f"{CLAIMS}/{name}", HEAD_BYTES)
         except ObjectMissing:
             return None
-        return Note(head=data[:HEAD_BYTES], n_bytes=len(data))
+        return Note(head=head, n_bytes=n_bytes)
 
     def post(self, name: str, line: bytes) -> bool:
         """As Board says."""

@@ -123,8 +123,12 @@ def test_an_object_is_not_read_beyond_what_is_wanted(store):
     assert store.read("a", 10) == b"0123456789"
     with pytest.raises(CacheDamaged, match=re.escape(f"{store.url}/a has 10 bytes, and 9 are the most")):
         store.read("a", 9)
+    assert [store.read_start("a", n) for n in (0, 3, 10, 99)] == [(b"0123456789"[:n], 10) for n in (0, 3, 10, 99)]
     store.put("empty", b"")
     assert store.read("empty") == b""
+    assert store.read_start("empty", 5) == (b"", 0)
+    with pytest.raises(ObjectMissing, match=f"{store.url}/none"):
+        store.read_start("none", 5)
 
 
 def test_an_object_of_a_terabyte_is_not_read_and_not_asked_for_twice(tmp_path):

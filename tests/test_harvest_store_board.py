@@ -1,10 +1,11 @@
 """Claims in an object store: one owner each, signs of life that others see, and a death that the machine knows of."""
 
 import pytest
+from fuzz_fixtures import bounded
 
 from cache_spec.layout import CLAIMS
 from cache_spec.store import open_store
-from harvest.claim_board import FolderBoard
+from harvest.claim_board import HEAD_BYTES, FolderBoard
 from harvest.claims import Claims
 from harvest.share import Share
 from harvest.store_board import StoreBoard
@@ -91,3 +92,14 @@ def test_the_store_decides_though_a_living_process_here_has_a_claim_of_that_name
     assert (tmp_path / "a" / "000003.0").exists()
     first.remove("000003.0")
     assert not (tmp_path / "a").exists()
+
+
+def test_of_a_claim_of_a_terabyte_only_the_start_is_read(store, tmp_path):
+    claims = board(store, tmp_path / "a")
+    assert claims.post("000003.0", b"{}\n")
+    with (tmp_path / "store" / CLAIMS / "000003.0").open("r+b") as large:
+        large.truncate(2**40)
+    with bounded(n_bytes=2**27):
+        note = claims.read("000003.0")
+    assert note is not None
+    assert (note.head[:3], len(note.head), note.n_bytes) == (b"{}\n", HEAD_BYTES, 2**40)
