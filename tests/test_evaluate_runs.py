@@ -65,7 +65,7 @@ def test_a_run_of_an_architecture_that_is_none_does_not_keep_the_others_from_bei
     copy = Path(shutil.copytree(next(runs.glob("*unmasked_seed0")), runs / "a_copy"))
     facts = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**facts, "config": {**facts["config"], "arch": "nosuch"}}))
-    with pytest.raises(RunsIncomplete, match="^1 of 5 SAEs are not in the report; a_copy: run.json says .*'nosuch'"):
+    with pytest.raises(RunsIncomplete, match=r"^1 of 5 SAEs are not in the report; a_copy: run.json says .*'nosuch'"):
         evaluate(runs)
     trained = [result for result in json.loads((runs / "report.json").read_text())["runs"] if result["path"]]
     assert len(trained) == 4
