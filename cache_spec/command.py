@@ -16,7 +16,6 @@ from typing import Any
 
 from cache_spec.errors import DiskFull, UserError
 from cache_spec.untrusted import printable
-from cache_spec.usage import leave_usage_to_the_first
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 _STDERR = 2
@@ -56,7 +55,6 @@ def run_command(app: Callable[[], Any]) -> None:
     logging.getLogger("torch").setLevel(logging.WARNING)
     heed(signal.SIGINT, signal.SIGTERM)
     try:
-        leave_usage_to_the_first(app)
         app()
     except UserError as error:
         _stop(str(error), error.exit_code)
