@@ -264,6 +264,25 @@ def test_a_killed_writers_shard_is_finished_without_its_bytes(folder_root, tmp_p
     assert {p.kind for p in verify_cache(folder_root)} == {"unfinished"}
 
 
+def test_all_that_was_chosen_is_finished_and_what_is_no_choice_is_left(folder_root, tmp_path, monkeypatch):
+    create_in_store(folder_root, TINY, tmp_path)
+
+    def killed(*_) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "copy", killed)
+        for shard in range(TINY.n_shards):
+            with pytest.raises(Killed):
+                publish_shard(folder_root, TINY, shard, built(tmp_path / str(shard), TINY, shard))
+    others = [f"{UPLOADS}/{name}" for name in (f"{TINY.n_shards:06d}.json", "notes.json", "-1.json", "000000/x/0.txt")]
+    for key in others:
+        folder_root.store.put(key, b"not ours")
+    assert settle_all(folder_root, TINY) == list(range(TINY.n_shards))
+    assert recorded_shards(folder_root) == list(range(TINY.n_shards))
+    assert folder_root.store.list(UPLOADS) == sorted(others)
+
+
 def test_damage_in_a_store_is_named(folder_root, tmp_path):
     make_in_store(folder_root, TINY, tmp_path)
     file, store = "layer_1/masked/c/0/0", folder_root.store

@@ -4,19 +4,23 @@ claims of the killed left in it for whoever comes next."""
 import fcntl
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from harvest_fixtures import request_for, save_model, write_text
 from store_fixtures import IMPATIENT
 
+from cache_spec import publish, verify_cache
 from cache_spec.layout import CLAIMS
+from cache_spec.plan import Plan
 from cache_spec.publish import publish_shard
 from cache_spec.state import recorded_shards
 from cache_spec.store_path import StorePath, place_of
 from harvest import run, target
 from harvest.claim_board import FolderBoard
 from harvest.claims import Claims
-from harvest.model import load_model
+from harvest.model import LoadedModel, load_model
+from harvest.request import Request
 from harvest.share import Share
 from harvest.store_board import StoreBoard
 
@@ -57,6 +61,7 @@ def test_the_last_leaves_the_claims_of_the_killed_and_nothing_else(folder):
     with target._shared(folder):
         board = FolderBoard(claims)
         assert board.is_abandoned("000001.0")
+        (claims / ".000002.0.0123.partial").write_bytes(b"half of one")
         board.clear()
     assert list(folder.parent.iterdir()) == []
 
@@ -115,14 +120,29 @@ def test_of_two_that_leave_at_once_the_slower_takes_nothing_from_one_that_begins
     assert list(folder.parent.iterdir()) == []
 
 
-def test_after_a_death_and_a_stop_the_next_does_not_wait_for_the_dead(tmp_path, monkeypatch, capsys):
-    """As torchrun does it: a rank is killed, the others are stopped, and all are started again."""
+@pytest.fixture
+def loaded(tmp_path) -> LoadedModel:
+    return load_model(str(save_model(tmp_path / "model")))
+
+
+@pytest.fixture
+def request_of_text(loaded, tmp_path) -> Request:
+    return request_for(loaded, write_text(tmp_path / "text.txt", 400))
+
+
+@pytest.fixture
+def root(tmp_path) -> StorePath:
     pytest.importorskip("obstore")
-    loaded = load_model(str(save_model(tmp_path / "model")))
-    request = request_for(loaded, write_text(tmp_path / "text.txt", 400))
-    url, scratch = f"file://{tmp_path}/store", tmp_path / "scratch"
-    root = place_of(url, IMPATIENT)
+    root = place_of(f"file://{tmp_path}/store", IMPATIENT)
     assert isinstance(root, StorePath)
+    return root
+
+
+def test_after_a_death_and_a_stop_the_next_does_not_wait_for_the_dead(
+    loaded, request_of_text, root, tmp_path, monkeypatch, capsys
+):
+    """As torchrun does it: a rank is killed, the others are stopped, and all are started again."""
+    scratch = tmp_path / "scratch"
     claims = target._scratch_folder(root, scratch) / "claims"
     dead = Claims(StoreBoard(root.store, FolderBoard(claims)), Share(index=1, count=2))
     assert dead.take(1)
@@ -134,14 +154,37 @@ def test_after_a_death_and_a_stop_the_next_does_not_wait_for_the_dead(tmp_path, 
 
     monkeypatch.setattr(target, "publish_shard", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run.harvest(loaded, request, url, scratch=scratch, claim_timeout=2.0)
+        run.harvest(loaded, request_of_text, str(root), scratch=scratch, claim_timeout=2.0)
     assert 0 < len(recorded_shards(root)) < 3
     assert root.store.list(CLAIMS) == [f"{CLAIMS}/000001.0"]
     capsys.readouterr()
     monkeypatch.setattr(target, "publish_shard", publish_shard)
-    run.harvest(loaded, request, url, scratch=scratch, claim_timeout=2.0)
+    run.harvest(loaded, request_of_text, str(root), scratch=scratch, claim_timeout=2.0)
     said = capsys.readouterr().out
     assert "complete" in said
     assert "waiting" not in said
     assert root.store.list(CLAIMS) == []
     assert list(scratch.iterdir()) == []
+
+
+def test_a_shard_whose_writer_died_after_it_was_chosen_is_placed_and_not_made_again(
+    loaded, request_of_text, root, tmp_path, monkeypatch
+):
+    def died(*arguments) -> NoReturn:
+        raise KeyboardInterrupt
+
+    made, write = [], target.write_shard
+
+    def noted(folder: Path, plan: Plan, shard: int, *arguments, **how) -> object:
+        made.append(shard)
+        return write(folder, plan, shard, *arguments, **how)
+
+    monkeypatch.setattr(target, "write_shard", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "settle", died)
+        with pytest.raises(KeyboardInterrupt):
+            run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "scratch")
+    assert recorded_shards(root) == []
+    run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "scratch")
+    assert sorted(made) == recorded_shards(root) == list(range(6))
+    assert verify_cache(root) == []
