@@ -12,6 +12,7 @@ from train_fixtures import DATA, make_training_cache, run_config
 from cache_spec import UserError
 from cache_spec.seeds import derive_seed
 from train.activations import kth_largest
+from train.annealing import Annealing
 from train.choosing import kernel_of
 from train.engine import Kernel
 from train.kernels import dense
@@ -85,6 +86,24 @@ def part_ways(team):
         check_copies(team.spread, weights, "go on")
 
 
+def anneal(team):
+    """Ranks see their part of the codes, of rows or of latents, and move the coefficient as one does that sees all."""
+    how = {"start": 2, "n_steps": 30, "p_end": 0.2, "n_updates": 6, "n_queue": 4, "dtype": torch.float32}
+    axis = team.spread.all
+    for spread, part in (
+        (Spread(rows=axis, all=axis), lambda codes: codes[axis.share(len(codes))]),
+        (Spread(latents=axis, all=axis), lambda codes: codes[:, axis.share(codes.shape[1])]),
+    ):
+        alone, spread_out = Annealing(**how, device="cpu"), Annealing(**how, device="cpu")
+        for step in range(30):
+            codes = numbers(step, 6, 9).relu() * torch.linspace(0.1, 3, 54).reshape(6, 9)  # unlike on each rank
+            alone.observe(codes, step)
+            spread_out.observe(part(codes), step, spread)
+        assert abs(alone.rescale - 1) > 0.1
+        for name, tensor in alone.state().items():
+            torch.testing.assert_close(spread_out.state()[name], tensor)
+
+
 def fail() -> None:
     raise UserError("no room")
 
@@ -116,6 +135,7 @@ def files(team, path):
 
 def all_of_it(team, path):
     exchange(team)
+    anneal(team)
     part_ways(team)
     files(team, path)
 
