@@ -28,7 +28,7 @@ from cache_spec.layout import (
     zarr_documents,
 )
 from cache_spec.plan import Plan
-from cache_spec.state import check_record, is_ours, parse_record
+from cache_spec.state import check_record, is_ours, parse_record, remedy
 from cache_spec.store_path import StorePath
 
 _AT_ONCE = 8  # requests for the files of a shard, most of which are small
@@ -70,6 +70,19 @@ def refuse_foreign_objects(root: StorePath) -> None:
         )
 
 
+def check_writable(root: StorePath) -> None:
+    """Raises StoreError if no object can be put at the URL, or one can be put twice; before the time planning takes."""
+    store, key = root.store, f"{UPLOADS}/{uuid.uuid4().hex}"
+    store.create(key, b"1")
+    is_safe = any(not store.create(key, b"2") for _ in range(2))  # whoever closes the cache tidies up in between, once
+    store.delete(key)
+    if not is_safe:
+        raise StoreError(
+            f"the store of {root} puts an object over one that is there though it is told not to (If-None-Match), so "
+            "two writers would spoil each other's shards; use another store, or a newer version of this one"
+        )
+
+
 def publish_shard(root: StorePath, plan: Plan, shard: int, folder: Path) -> dict[str, Any]:
     """Put a shard that `folder` holds, and commit it; returns the record that it has then, which is another's if that
     came first.
@@ -99,14 +112,15 @@ def publish_shard(root: StorePath, plan: Plan, shard: int, folder: Path) -> dict
 def settle(root: StorePath, plan: Plan, shard: int) -> None:
     """Finish the shard of which one writer's files were chosen, if there is one, whoever that was. Can be repeated."""
     key, store = _decision(shard), root.store
-    try:
-        facts = check_seal(parse_json(store.read(key), root / key), root / key)
-    except ObjectMissing:
-        return
-    attempt, sealed = facts.get("attempt"), facts.get("record")
-    if facts.get("cache_id") != plan.cache_id or not isinstance(attempt, str) or not attempt.isalnum():
-        raise CacheDamaged(f"{root / key} is not of this cache; delete it and run the same harvest again")
-    record = check_record(sealed, plan, shard, root / key)
+    with remedy(f"delete {root / key} and run the same harvest again"):
+        try:
+            facts = check_seal(parse_json(store.read(key), root / key), root / key)
+        except ObjectMissing:
+            return
+        attempt, sealed = facts.get("attempt"), facts.get("record")
+        if facts.get("cache_id") != plan.cache_id or not isinstance(attempt, str) or not attempt.isalnum():
+            raise CacheDamaged(f"{root / key} is not of this cache")
+        record = check_record(sealed, plan, shard, root / key)
     sizes = shard_files(plan, shard)
 
     def place(file: str) -> None:

@@ -18,10 +18,12 @@ from cache_spec.state import (
     check_documents,
     check_record,
     check_sizes,
+    made_again,
     read_document,
     read_plan,
     read_records,
     read_root,
+    remedy,
 )
 from cache_spec.store_path import StorePath, place_of
 
@@ -42,7 +44,7 @@ def open_cache(
     names = [f"{name}/{ROOT}" for name in zarr_documents(plan)]
     names += [MANIFEST] if attributes["status"] != HARVESTING else []
     with ThreadPoolExecutor(IN_FLIGHT, "fetch") as pool:
-        documents = dict(zip(names, pool.map(lambda name: read_document(root, name), names), strict=True))
+        documents = dict(zip(names, pool.map(lambda name: _document(root, name), names), strict=True))
     records = _listed(root, plan, documents[MANIFEST]) if attributes["status"] == COMPLETE else read_records(root, plan)
     check_documents(documents.__getitem__, str(root), plan, attributes, records)
     room = Room(copies.folder, copies.n_bytes)
@@ -53,11 +55,16 @@ def open_cache(
     return ActivationCache.of(folder, mirror, plan, attributes, records, allow_partial=allow_partial, check=check)
 
 
+def _document(root: StorePath, name: str) -> Any:
+    with remedy(made_again(root / name)):
+        return read_document(root, name)
+
+
 def _listed(root: StorePath, plan: Plan, manifest: Any) -> dict[int, dict[str, Any]]:
     """The commit records that a complete cache has all in its manifest, and a look at the size of each file."""
     listed = manifest.get("shards") if isinstance(manifest, dict) else None
     if not isinstance(listed, dict) or not all(re.fullmatch(r"\d{1,12}", name, re.ASCII) for name in listed):
-        raise CacheDamaged(f"{root / MANIFEST} lists no shards; it was changed after it was written")
+        raise CacheDamaged(f"{root / MANIFEST} lists no shards, so it was changed; {made_again(root / MANIFEST)}")
     records, sizes = {}, root.sizes()
     for shard, record in sorted((int(name), record) for name, record in listed.items()):
         path = root / record_file(shard)

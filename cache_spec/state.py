@@ -54,12 +54,12 @@ def read_plan(root: Place) -> Plan:
         raise CacheNotFound(f"{root} is a folder but no activation cache: it has no {PLAN}; give the cache's folder")
     if not isinstance(root, StorePath):
         refuse_links(root, NO_LINKS)
-    with _remedy("put a copy of it back, for nothing else says what it said, or harvest into another folder"):
+    with remedy("put a copy of it back, for nothing else says what it said, or harvest into another folder"):
         return Plan.from_json(read_json(root / PLAN), where=str(root / PLAN))
 
 
 @contextmanager
-def _remedy(what_to_do: str) -> Iterator[None]:
+def remedy(what_to_do: str) -> Iterator[None]:
     """Ends the sentence of a CacheDamaged with what to do."""
     try:
         yield
@@ -67,7 +67,7 @@ def _remedy(what_to_do: str) -> Iterator[None]:
         raise CacheDamaged(f"{error}; {what_to_do}") from None
 
 
-def _made_again(path: Place | str) -> str:
+def made_again(path: Place | str) -> str:
     return f"delete {path} and run the same harvest, which makes it again"
 
 
@@ -85,7 +85,7 @@ def is_ours(root: Place) -> bool:
 
 def read_root(root: Place) -> dict[str, Any]:
     """The cache's attributes: spec_version, cache_id, status, plan, versions; of an archive also profile and level."""
-    with _remedy(_made_again(root / ROOT)):
+    with remedy(made_again(root / ROOT)):
         return check_root(read_json(root / ROOT), root / ROOT)
 
 
@@ -152,7 +152,7 @@ def stored_bytes(plan: Plan, shard: int, record: dict[str, Any]) -> dict[str, in
 
 def parse_record(root: Place, plan: Plan, shard: int) -> dict[str, Any]:
     """The commit record of a shard that has one, without a look at the files it names."""
-    with _remedy(_repair(root / record_file(shard))):
+    with remedy(_repair(root / record_file(shard))):
         return check_record(read_json(root / record_file(shard)), plan, shard, root / record_file(shard))
 
 
@@ -257,14 +257,14 @@ def check_documents(
     """
     level = archive_level(granary)
     for name, document in zarr_documents(plan, level).items():
-        with _remedy(_made_again(f"{place}/{name}/{ROOT}")):
+        with remedy(made_again(f"{place}/{name}/{ROOT}")):
             if read(f"{name}/{ROOT}") != document:
                 raise CacheDamaged(f"{place}/{name}/{ROOT} does not describe what the plan says; it was changed")
     for shard, record in records.items():
         if (ARCHIVE in record) != bool(level):
             raise CacheDamaged(f"{place}/{record_file(shard)} is of another profile than {place}/{ROOT}")
     if granary["status"] != HARVESTING:
-        with _remedy(_made_again(f"{place}/{MANIFEST}")):
+        with remedy(made_again(f"{place}/{MANIFEST}")):
             check_seal(read(MANIFEST), f"{place}/{MANIFEST}")
 
 

@@ -24,6 +24,13 @@ from cache_spec.untrusted import MOST_BYTES
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_ONCE = 8 * 2**20, 9000, 4
 _METADATA_HOSTS = ("169.254.169.254", "metadata.google.internal")  # where a machine of the cloud asks who it is
 _FINAL = (errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT)
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")  # S3, Azure, Google
+_NOT_OPENED = {  # what obstore says before it has asked anybody, and what it means
+    "Account must be specified": "the environment's AZURE_STORAGE_ACCOUNT_NAME is not set",
+    "Invalid Access Key": "the environment's AZURE_STORAGE_ACCOUNT_KEY is no key",
+    "Unable to open service account file": "the file that the environment's GOOGLE_SERVICE_ACCOUNT names is not there",
+    "Unable to decode service account file": "the file that the environment's GOOGLE_SERVICE_ACCOUNT names is no key",
+}
 _MOST_KEYS = 2**22  # of one listing; a cache of 5 TB has fifty thousand
 _AGAIN = "run the same command again, it goes on from what has arrived"
 Answer = TypeVar("Answer")
@@ -71,7 +78,8 @@ def open_store(url: str, patience: Patience = Patience()) -> "Store":
     try:
         once, patient = (from_url(address, client_options=client, retry_config=retry) for retry in (never, often))
     except (BaseError, ValueError) as error:
-        raise StoreError(f"{url} cannot be opened: {_reason(error)}; {_look(url)}") from error
+        why = next((meant for said, meant in _NOT_OPENED.items() if said in str(error)), _reason(error))
+        raise StoreError(f"{url} cannot be opened: {why}; {_look(url)}") from error
     return Store(url, once, patient, patience)
 
 
@@ -233,10 +241,8 @@ class Store:
             try:
                 return request()
             except FileNotFoundError as error:
-                if writing:
-                    raise StoreError(
-                        f"{self.url} cannot be written: there is no such bucket; {_look(place)}"
-                    ) from error
+                if writing or any(words in str(error) for words in _NO_BUCKET):
+                    raise StoreError(f"there is no such bucket: {place}; {_look(place)}") from error
                 raise ObjectMissing(f"{place} is not there; check the URL, or make it again") from error
             except (_Again, BaseError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
@@ -305,7 +311,15 @@ def _refusal(place: str, error: Exception) -> str:
         return f"the disk refuses {place} ({_reason(error)}); {_look(place)}"
     if "redirect" in text.lower() or status in (301, 307):
         return f"{place} is in another region than the requests name; {_look(place)}"
-    if kind in ("InvalidPathError", "NotSupportedError") or (400 <= status < 500 and status not in (408, 409, 429)):
+    if kind == "InvalidPathError":
+        name = re.search(r'Path "(.*?)"(?::| contained)', text, re.DOTALL)
+        return (
+            f"below {place} is an object of a name that none of a cache has, {name[1] if name else ''!r:.300}; delete "
+            "that object, or give another URL"
+        )
+    if status == 404:  # what is asked for of an object is answered otherwise
+        return f"there is no such bucket: {place}; {_look(place)}"
+    if kind == "NotSupportedError" or (400 <= status < 500 and status not in (408, 409, 429)):
         return f"the store does not take the request for {place} ({_reason(error)}); {_look(place)}"
     return ""
 

@@ -20,7 +20,14 @@ from cache_spec.errors import CacheConflict, UserError
 from cache_spec.files import Partial, disk_full_as_error, exclusive, remove_stale_partials, sync_folder
 from cache_spec.layout import CLAIMS, INTERNAL, LOCK, planner_files, record_file, shard_files
 from cache_spec.plan import Plan
-from cache_spec.publish import create_in_store, publish_shard, refuse_foreign_objects, remove_uploads, settle_all
+from cache_spec.publish import (
+    check_writable,
+    create_in_store,
+    publish_shard,
+    refuse_foreign_objects,
+    remove_uploads,
+    settle_all,
+)
 from cache_spec.state import is_ours
 from cache_spec.store import Patience
 from cache_spec.store_path import Place, StorePath, place_of
@@ -173,6 +180,7 @@ class StoreTarget:
     @contextmanager
     def planning(self) -> Iterator[None]:
         """As Target says. Processes elsewhere may plan too; `create` accepts what is the same."""
+        check_writable(self.place)
         self._use()
         _say_if_locked(self.folder / LOCK)
         with exclusive(self.folder / LOCK):

@@ -302,14 +302,17 @@ def test_damage_in_a_store_is_named(folder_root, tmp_path):
 def test_a_decision_of_another_hand_is_refused(folder_root, tmp_path):
     create_in_store(folder_root, TINY, tmp_path)
     store, record = folder_root.store, built(tmp_path / "mine", TINY, 0) / record_file(0)
+    delete = re.escape(f"delete {folder_root}/{UPLOADS}/000000.json and run the same harvest again")
     for attempt in ("../../elsewhere", 7):
         facts = {"cache_id": TINY.cache_id, "shard": 0, "attempt": attempt, "record": record.read_text()}
         store.put(f"{UPLOADS}/000000.json", readable_json(seal(facts)))
-        with pytest.raises(CacheDamaged, match=r"000000.json is not of this cache; delete it"):
+        with pytest.raises(CacheDamaged, match=rf"000000.json is not of this cache; {delete}"):
             settle_all(folder_root, TINY)
-    store.put(f"{UPLOADS}/000000.json", b"{}")
-    with pytest.raises(CacheDamaged, match=r"000000.json"):
-        settle_all(folder_root, TINY)
+    facts = {"cache_id": TINY.cache_id, "shard": 0, "attempt": "0", "record": {}}
+    for damaged in (b"{}", b"{}\n", b'{"a', readable_json(seal(facts))):
+        store.put(f"{UPLOADS}/000000.json", damaged)
+        with pytest.raises(CacheDamaged, match=rf"000000.json .*; {delete}"):
+            settle_all(folder_root, TINY)
 
 
 def test_a_place_without_a_cache_says_so(root, folder_root):

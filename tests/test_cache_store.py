@@ -1,8 +1,10 @@
 """Object stores: what was put is read, what fails is tried again, what is refused is one sentence."""
 
+import http.client
 import re
 import threading
 from dataclasses import replace
+from urllib.parse import quote
 
 import pytest
 from store_fixtures import IMPATIENT, Proxy, credentials
@@ -228,8 +230,47 @@ def test_a_refusal_is_not_tried_again_and_tells_no_secret(store_url, proxy: Prox
 
 def test_a_bucket_that_is_not_there_is_named(store_url):
     store = open_store("s3://elsewhere/a", IMPATIENT)
-    with pytest.raises(StoreError, match=r"s3://elsewhere/a.*no such bucket"):
-        store.create("a", b"")
+    for ask in (lambda: store.create("a", b""), lambda: store.read("a"), lambda: store.put("a", b""), store.list):
+        with pytest.raises(StoreError, match=r"there is no such bucket: s3://elsewhere/a.*check the URL"):
+            ask()
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mred", "x//y", "tab\tx", "x/../y"])
+def test_an_object_of_a_name_that_is_none_is_named(store_url, store_server, name):
+    store = open_store(store_url, IMPATIENT)
+    connection = http.client.HTTPConnection(store_server.removeprefix("http://"), timeout=30)
+    connection.request("PUT", f"/{quote(store_url.removeprefix('s3://') + '/' + name)}", b"")
+    assert connection.getresponse().status == 200
+    connection.close()
+    with pytest.raises(StoreError, match=r"is an object of a name that none of a cache has.*delete that") as caught:
+        store.list()
+    assert name.encode("unicode_escape").decode() in str(caught.value)
+    assert "AWS_" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "setting", "said"),
+    [
+        ("az://container/a", {}, "AZURE_STORAGE_ACCOUNT_NAME is not set"),
+        (
+            "az://container/a",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "%hush"},
+            "AZURE_STORAGE_ACCOUNT_KEY is no key",
+        ),
+        ("gs://bucket/a", {"GOOGLE_SERVICE_ACCOUNT": "/nowhere/key.json"}, "GOOGLE_SERVICE_ACCOUNT names is not there"),
+        ("gs://bucket/a", {"GOOGLE_SERVICE_ACCOUNT": "{}/hush.json"}, "GOOGLE_SERVICE_ACCOUNT names is no key"),
+    ],
+)
+def test_what_the_environment_lacks_is_named(monkeypatch, tmp_path, url, setting, said):
+    pytest.importorskip("obstore")
+    (tmp_path / "hush.json").write_text('{"private_key": "hush"}')
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    with pytest.raises(StoreError, match=f"{url} cannot be opened: .*{said}") as caught:
+        open_store(url, IMPATIENT)
+    assert "hush" not in str(caught.value)
 
 
 def test_an_address_where_nobody_listens_is_one_sentence(monkeypatch):

@@ -45,6 +45,16 @@ def test_an_object_of_a_terabyte_is_refused_by_name_and_not_read(tmp_path, file)
             assert file in {problem.file for problem in verify_cache(url)}
 
 
+@pytest.mark.parametrize("file", [MANIFEST, f"layer_1/clean/{ROOT}"])
+def test_a_damaged_document_is_named_with_what_to_do(tmp_path, file):
+    pytest.importorskip("obstore")
+    url = f"file://{make_cache(tmp_path / 'cache.zarr', make_plan())}"
+    for damaged in (b"", b'{"zarr_format"', b"[]\n"):
+        (tmp_path / "cache.zarr" / file).write_bytes(damaged)
+        with pytest.raises(CacheDamaged, match=re.escape(f"; delete {url}/{file} and run the same harvest, which")):
+            opened(url, tmp_path / "copies")
+
+
 def test_a_decision_of_a_terabyte_is_refused_by_name(tmp_path):
     pytest.importorskip("obstore")
     folder = make_cache(tmp_path / "cache.zarr", make_plan(), shards=range(1), finalize=False)

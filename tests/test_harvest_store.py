@@ -183,6 +183,30 @@ def test_a_dry_run_writes_nothing_anywhere(loaded, text, folder_url, scratch, ca
     assert not scratch.exists()
 
 
+def test_a_bucket_that_may_not_be_written_is_found_out_before_the_planning(
+    loaded, text, store_url, proxy: Proxy, scratch, monkeypatch
+):
+    monkeypatch.setattr(run, "make_plan", lambda *_: pytest.fail("it was planned, which can take an hour"))
+    proxy.fail("status", match="PUT", status=403, times=1000)
+    with pytest.raises(StoreError, match=f"the store refuses {store_url}"):
+        run.harvest(loaded, request_for(loaded, text), store_url, scratch=scratch)
+    assert objects(store_url) == {}
+    assert not scratch.exists() or list(scratch.iterdir()) == []
+
+
+def test_a_store_that_creates_over_what_is_there_is_refused(loaded, text, folder_url, scratch, monkeypatch):
+    """As those do that do not know the condition of a create."""
+
+    def put(self, key: str, data: bytes) -> bool:
+        self.put(key, data)
+        return True
+
+    monkeypatch.setattr(Store, "create", put)
+    with pytest.raises(StoreError, match=r"over one that is there .*; use another store"):
+        run.harvest(loaded, request_for(loaded, text), folder_url, scratch=scratch)
+    assert objects(folder_url) == {}
+
+
 def test_too_little_room_for_a_shard_is_said_first(loaded, text, folder_url, scratch, monkeypatch):
     monkeypatch.setattr(forecast, "_bytes_free", lambda _: 1000)
     with pytest.raises(DiskFull, match=r"on this disk while a shard is built and 1.00 kB are free.*--scratch"):
