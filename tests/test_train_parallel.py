@@ -105,6 +105,7 @@ def assert_alike(out: Path, alone: Path, runs) -> None:
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_after_100_steps_a_run_on_several_ranks_is_that_of_one(parallel, n, cache, alone, tmp_path):
+    """Where rounding flips no code, as with these seeds; tests/test_train_parallel_seeds.py is about that."""
     runs = [run for run in RUNS + OTHERS if n == 2 or run.name in ON_FOUR[parallel]]
     assert ranks(train, n, parallel, tmp_path, cache, runs, tmp_path / "runs") == [0] * n, logs(tmp_path)
     assert_alike(tmp_path / "runs", alone, runs)
