@@ -4,17 +4,15 @@ claims of the killed left in it for whoever comes next."""
 import fcntl
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from harvest_fixtures import request_for, save_model, write_text
 from store_fixtures import IMPATIENT
 
-from cache_spec import publish, verify_cache
-from cache_spec.layout import CLAIMS
-from cache_spec.plan import Plan
+from cache_spec import verify_cache
+from cache_spec.layout import CLAIMS, ROOT
 from cache_spec.publish import publish_shard
-from cache_spec.state import recorded_shards
+from cache_spec.state import read_plan, recorded_shards
 from cache_spec.store_path import StorePath, place_of
 from harvest import run, target
 from harvest.claim_board import FolderBoard
@@ -167,24 +165,28 @@ def test_after_a_death_and_a_stop_the_next_does_not_wait_for_the_dead(
     assert list(scratch.iterdir()) == []
 
 
-def test_a_shard_whose_writer_died_after_it_was_chosen_is_placed_and_not_made_again(
+def test_the_planners_files_are_fetched_once_a_machine_and_not_by_who_made_them(
     loaded, request_of_text, root, tmp_path, monkeypatch
 ):
-    def died(*arguments) -> NoReturn:
-        raise KeyboardInterrupt
+    fetched, fetch = [], target._fetch
 
-    made, write = [], target.write_shard
+    def noted(source: StorePath, path: Path) -> None:
+        fetched.append(path.name)
+        fetch(source, path)
 
-    def noted(folder: Path, plan: Plan, shard: int, *arguments, **how) -> object:
-        made.append(shard)
-        return write(folder, plan, shard, *arguments, **how)
+    monkeypatch.setattr(target, "_fetch", noted)
+    run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "a")
+    assert fetched == []
+    plan, here = read_plan(root), tmp_path / "b"
+    with target.open_target(str(root), here) as first, target.open_target(str(root), here) as second:
+        first.prepare(plan)
+        second.prepare(plan)
+        assert sorted(fetched) == ["window_docs.npy", "windows.npy"]
 
-    monkeypatch.setattr(target, "write_shard", noted)
-    with monkeypatch.context() as patch:
-        patch.setattr(publish, "settle", died)
-        with pytest.raises(KeyboardInterrupt):
-            run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "scratch")
-    assert recorded_shards(root) == []
+
+def test_a_document_that_was_deleted_because_it_was_damaged_is_made_again(loaded, request_of_text, root, tmp_path):
     run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "scratch")
-    assert sorted(made) == recorded_shards(root) == list(range(6))
+    root.store.delete(f"layer_1/clean/{ROOT}")
+    assert {problem.file for problem in verify_cache(root)} == {f"layer_1/clean/{ROOT}"}
+    run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "scratch")
     assert verify_cache(root) == []
