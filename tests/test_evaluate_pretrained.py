@@ -102,10 +102,8 @@ def test_a_cfg_that_says_little_is_read_with_saelens_defaults():
         (cfg("standard", reshape_activations="hook_z"), "its reshape_activations is hook_z"),
         (cfg("standard", activation_fn_str="topk"), "its activation_fn_str is topk"),
         (cfg("standard", finetuning_scaling_factor=True), "its finetuning_scaling_factor is True"),
-        (
-            cfg("standard", normalize_activations="expected_average_only_in", norm_scaling_factor=float("inf")),
-            "by a fac",
-        ),
+        (cfg("standard", normalize_activations="expected_average_only_in", norm_scaling_factor=0.0), "by a fac"),
+        (cfg("standard", norm_scaling_factor=float("inf")), r"its cfg.json cannot be read \(Infinity is no number\)"),
         (cfg("standard", d_sae=D_SAE + 1), r"its W_dec has the shape \[16, 6\], not \[17, 6\]|its W_enc has"),
         (cfg("standard", metadata="text"), 'its metadata is "text", not a JSON object'),
         (cfg("jumprelu", k="many"), 'its k is "many", not a number from 0 to its d_sae, 16'),

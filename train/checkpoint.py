@@ -69,9 +69,7 @@ def restore_checkpoint(folder: Path, run: TrainRun) -> None:
             break
         except (OSError, CacheDamaged, SafetensorError, KeyError, RuntimeError) as error:
             if i + 1 == len(files):
-                raise UserError(
-                    f"no checkpoint in {folder / STATE} is whole ({error}); delete {folder} and train the run again"
-                ) from None
+                raise _none_whole(folder, error) from None
             _log.warning("%s; going on from the checkpoint before it", error)
     _cut_log(folder / LOG, run.n_done)
 
@@ -81,12 +79,15 @@ def _restore_together(folder: Path, run: TrainRun) -> None:
     step = led(run.spread, lambda: _newest_whole(folder))
     if step:
         file = folder / STATE / f"step_{step:09d}.safetensors"
-        if run.spread.latents.size > 1:
-            from train.parallel.shards import read_share
+        try:
+            if run.spread.latents.size > 1:
+                from train.parallel.shards import read_share
 
-            run.restore(read_share(file, run.spread.latents), step)
-        else:
-            run.restore(load(file.read_bytes()), step)
+                run.restore(read_share(file, run.spread.latents), step)
+            else:
+                run.restore(load(file.read_bytes()), step)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise _none_whole(folder, error) from None
     if run.spread.leads:
         _cut_log(folder / LOG, run.n_done)
 
@@ -98,9 +99,11 @@ def _newest_whole(folder: Path) -> int:
     try:
         return _check(files[0]) if files else 0
     except (OSError, CacheDamaged) as error:
-        raise UserError(
-            f"no checkpoint in {folder / STATE} is whole ({error}); delete {folder} and train the run again"
-        ) from None
+        raise _none_whole(folder, error) from None
+
+
+def _none_whole(folder: Path, error: Exception) -> UserError:
+    return UserError(f"no checkpoint in {folder / STATE} is whole ({error}); delete {folder} and train the run again")
 
 
 def discard_damaged(folder: Path) -> None:

@@ -250,7 +250,8 @@ class TrainRun:
         return {**tensors, **annealing, **self._engine.state(), "silent_tokens": self.silent_tokens}
 
     def restore(self, tensors: dict[str, Tensor], n_done: int) -> None:
-        """Take up `state` as it was after `n_done` steps."""
+        """Take up `state` as it was after `n_done` steps. Raises KeyError or RuntimeError for that of another run."""
+        self._check_state(tensors)
         device = self.silent_tokens.device
         self.sae.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("sae.")})
         for name, parameter in self.sae.named_parameters():
@@ -263,3 +264,17 @@ class TrainRun:
             self.annealing.restore(tensors)
         self._engine.restore(tensors)
         self.n_done = n_done
+
+    def _check_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copying would stretch a tensor of another shape, and throw away a part of one of another type."""
+        wanted = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            wanted |= {f"adam.{name}.exp_avg": parameter, f"adam.{name}.exp_avg_sq": parameter}
+            wanted[f"adam.{name}.step"] = torch.zeros((), dtype=torch.float32)
+        wanted |= {} if self.annealing is None else self.annealing.state()
+        for name, like in (wanted | {"silent_tokens": self.silent_tokens}).items():
+            found = tensors[name]
+            if found.shape != like.shape or found.dtype != like.dtype:
+                raise RuntimeError(
+                    f"its {name} is {list(found.shape)} of {found.dtype}, not {list(like.shape)} of {like.dtype}"
+                )

@@ -18,6 +18,11 @@ from train.sae import SparseAutoencoder
 from train.saelens import architecture_of, fold
 
 AGAIN = "save it again with the tool that made it"
+FLOAT = "save it again as float32"
+_NUMBERS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
 MOST_WEIGHTS = 2**40  # bytes of one file of weights; no SAE comes near
 
 
@@ -122,9 +127,22 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises UserError that starts with what is wrong with it."""
     try:
-        return load(read_bounded(path, MOST_WEIGHTS))
+        tensors = load(read_bounded(path, MOST_WEIGHTS))
     except (OSError, ValueError, SafetensorError, KeyError) as error:  # KeyError: a type of numbers that torch has not
         raise UserError(f"its {path.name} cannot be read ({error}); download or save it again") from None
+    check_numbers(tensors)
+    return tensors
+
+
+def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError unless all are numbers that float32 can stand for.
+
+    Of a complex one torch would throw a part away; with quantized ones and some of 8 bits it can do next to nothing.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_quantized or tensor.dtype not in _NUMBERS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"its {name} has numbers of the type {kind}, which granary does not compute with; {FLOAT}")
 
 
 def whole_number(facts: Mapping[str, Any], name: str, *, most: float = 2**31) -> int:

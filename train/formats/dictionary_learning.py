@@ -18,7 +18,16 @@ from cache_spec.hook_point import SITES, HookPoint
 from train.exported import Exported
 from train.formats.saelens import read_sae
 from train.saelens import VERSION, architecture_of
-from train.stored import Stored, check_tensors, encoder_biases, is_unit, object_in, read_object, whole_number
+from train.stored import (
+    Stored,
+    check_numbers,
+    check_tensors,
+    encoder_biases,
+    is_unit,
+    object_in,
+    read_object,
+    whole_number,
+)
 
 FILES = ("config.json", "ae.pt")
 CONFIG, WEIGHTS = FILES
@@ -233,6 +242,7 @@ def read_plain_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) and _is_stored(value) for name, value in found.items()
     ):
         raise UserError(f"its {path.name} is not a dict of tensors as torch.save writes it; {AGAIN}")
+    check_numbers(found)
     return {name: value.detach() for name, value in found.items()}
 
 
@@ -258,7 +268,7 @@ def _read_k(made: _Class, found: dict[str, Tensor], trainer: Mapping[str, Any], 
     if not made.has_k:
         return None
     stored = found.pop("k", None)
-    facts = trainer if stored is None else {"k": int(stored.item()) if stored.numel() == 1 else None}
+    facts = trainer if stored is None else {"k": stored.item() if stored.numel() == 1 else None}
     return whole_number(facts, "k", most=d_sae)
 
 
@@ -266,9 +276,9 @@ def _read_widths(made: _Class, found: dict[str, Tensor], d_sae: int) -> list[int
     """The prefixes [n_groups], rising to d_sae; none where there are no groups."""
     if not made.has_groups:
         return []
-    sizes = [int(size) for size in found.pop("group_sizes", torch.empty(0)).reshape(-1).tolist()]
-    if not sizes or min(sizes) < 1 or sum(sizes) != d_sae:
-        raise UserError(f"its group_sizes are {sizes}, which do not add up to its dict_size, {d_sae}; {AGAIN}")
+    sizes = found.pop("group_sizes", torch.empty(0)).reshape(-1).tolist()
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes) or sum(sizes) != d_sae:
+        raise UserError(f"its group_sizes are {sizes!s:.80}, which do not add up to its dict_size, {d_sae}; {AGAIN}")
     return list(accumulate(sizes))
 
 
