@@ -10,7 +10,8 @@ from harvest_fixtures import request_for, save_model, write_text
 from store_fixtures import IMPATIENT
 
 from cache_spec import verify_cache
-from cache_spec.layout import CLAIMS, ROOT
+from cache_spec.layout import CLAIMS, RECORDS, ROOT, record_file
+from cache_spec.plan import Plan
 from cache_spec.publish import publish_shard
 from cache_spec.state import read_plan, recorded_shards
 from cache_spec.store_path import StorePath, place_of
@@ -190,3 +191,20 @@ def test_a_document_that_was_deleted_because_it_was_damaged_is_made_again(loaded
     assert {problem.file for problem in verify_cache(root)} == {f"layer_1/clean/{ROOT}"}
     run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "scratch")
     assert verify_cache(root) == []
+
+
+def test_one_shard_is_on_this_disk_at_a_time_and_none_that_is_committed(
+    loaded, request_of_text, root, tmp_path, monkeypatch
+):
+    there = []
+
+    def noted(place: StorePath, plan: Plan, shard: int, folder: Path) -> None:
+        there.append([path.name for path in (folder / RECORDS).iterdir()])
+        publish_shard(place, plan, shard, folder)
+
+    monkeypatch.setattr(target, "publish_shard", noted)
+    run.harvest(loaded, request_of_text, str(root), scratch=tmp_path / "scratch")
+    assert sorted(there) == [[Path(record_file(shard)).name] for shard in range(6)]
+    with target.open_target(str(root), tmp_path / "scratch") as late:
+        late.write(read_plan(root), 0, {}, {}, 1)  # another has committed it: what it holds is not looked at
+    assert len(there) == 6
