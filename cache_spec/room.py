@@ -124,8 +124,9 @@ class Room:
     def _too_small(self, n_bytes: int, in_use: int, limit: int) -> UserError:
         if limit < self.n_bytes:
             return DiskFull(
-                f"the disk is full: a copy in {self.folder} needs {n_bytes:,} bytes, and {in_use:,} are held by what "
-                "is open; make room or name another --cache-dir, and run the command again"
+                f"the disk is full: a copy in {self.folder} needs {n_bytes:,} bytes, {max(0, limit - in_use):,} are "
+                f"free and {in_use:,} held by what is open; make room or name another --cache-dir, and run the command "
+                "again"
             )
         return RoomTooSmall(
             f"--cache-bytes {self.n_bytes:,} is too little: {in_use:,} bytes in {self.folder} are held by what is "

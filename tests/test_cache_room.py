@@ -97,7 +97,7 @@ def test_a_disk_that_is_full_is_said_so_and_not_blamed_on_the_option(tmp_path, m
     home = room.home(NAME)
     usage = type("Usage", (), {"free": 50})
     monkeypatch.setattr("cache_spec.room.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(DiskFull, match="needs 80 bytes, and 0 are held by what is open; make room or name another"):
+    with pytest.raises(DiskFull, match="needs 80 bytes, 50 are free and 0 held by what is open; make room or name"):
         room.reserve(home / "2", 80)
     (home / "1").write_bytes(bytes(40))
     with room.reserve(home / "2", 80):  # the old one went
