@@ -15,7 +15,8 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str, *, shown: bool = True) -> None:
         """Unless it is `shown`, it counts in silence: another process of the same job shows its own."""
-        self._what, self._total, self._unit, self._shown = what, total, unit, shown
+        self._what = what = printable(what)  # the name of a folder, which a stranger may have packed
+        self._total, self._unit, self._shown = total, unit, shown
         self._done, self._note = 0, ""
         self._start = self._last_line = time.monotonic()
         on_terminal = shown and sys.stderr.isatty()

@@ -44,9 +44,9 @@ def test_no_name_that_a_stranger_chose_moves_the_cursor(tmp_path, monkeypatch, c
     assert "of two lines" in told, "a name has one line of the table"
 
 
-def test_a_note_beside_the_progress_is_spelled_out(capsys):
-    with Progress("evaluate", 1, "SAEs") as progress:
+def test_a_name_and_a_note_beside_the_progress_are_spelled_out(capsys):
+    with Progress(f"evaluate {OWNED}", 1, "SAEs") as progress:
         progress.advance(note=OWNED)
     told = capsys.readouterr().err
-    assert "owned" in told
+    assert told.count("owned") == 2
     assert not UNSAFE & set(told)
