@@ -17,8 +17,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 N_SEEDS, SEED_BYTES = 64, 1024
+MOST_SHOWN = 4000  # letters from the beginning and from the end of what a failed target printed
 GUIDED = ["cache_spec", "train.stored", "train.formats", "train.saelens", "train.run_folder", "train.checkpoint"]
-GUIDED += ["train.known", "train.pushing", "train.card", "train.foreign", "evaluate.runs"]
+GUIDED += ["train.known", "train.pushing", "train.card", "train.foreign", "train.facts", "train.preparing"]
+GUIDED += ["train.entry", "train.report", "evaluate.runs", "evaluate.kept"]
 
 
 def run_one(name: str, seconds: int) -> None:
@@ -41,11 +43,27 @@ def run_one(name: str, seconds: int) -> None:
         seeds.mkdir()
         for i in range(N_SEEDS):  # few bytes make no document
             (seeds / str(i)).write_bytes(random.Random(i).randbytes(SEED_BYTES))
-        # no alarm of atheris's: each example has one
-        options = ["-len_control=0", "-timeout=0", "-rss_limit_mb=6000", "-print_final_stats=1"]
-        options += [f"-max_total_time={seconds}", f"-max_len={4 * SEED_BYTES}", f"-artifact_prefix={folder}/"]
-        atheris.Setup([sys.argv[0], str(seeds), *options], check.hypothesis.fuzz_one_input)
+        atheris.Setup([sys.argv[0], str(seeds), *options(seconds, folder)], check.hypothesis.fuzz_one_input)
         atheris.Fuzz()
+
+
+def options(seconds: int, folder: str) -> list[str]:
+    """What atheris is told. Its own alarm never comes, for each example has one, and 0 would be an alarm of a second:
+    the first example makes hypothesis's table of all letters, which takes ten where there is no .hypothesis."""
+    told = ["-len_control=0", f"-timeout={10**6}", "-rss_limit_mb=6000", "-print_final_stats=1"]
+    return [*told, f"-max_total_time={seconds}", f"-max_len={4 * SEED_BYTES}", f"-artifact_prefix={folder}/"]
+
+
+def cause(said: str) -> str:
+    """What a failed target printed, as far as it tells why: from a little before the first word of it, and the end."""
+    lines = said.splitlines()
+    first = next((i for i, line in enumerate(lines) if re.search("Timeout|Uncaught|ERROR|Traceback", line)), None)
+    if first is None:
+        return said[-MOST_SHOWN:]
+    shown = "\n".join(lines[max(0, first - 3) :])
+    if len(shown) <= 2 * MOST_SHOWN:
+        return shown
+    return f"{shown[:MOST_SHOWN]}\n[...]\n{shown[-MOST_SHOWN:]}"
 
 
 def main() -> int:
@@ -54,20 +72,20 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="such as plan; default: all")
     parser.add_argument("--seconds", type=int, default=300, help="for all targets together")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    given = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
         print("atheris is not installed (it has wheels for Linux); pytest tests/test_house_fuzz.py needs none of it")
         return 2
     sys.path[:0] = [str(HERE), str(HERE.parent)]
-    if options.one:  # before anything is imported that is to be watched
-        run_one(options.targets[0], options.seconds)
+    if given.one:  # before anything is imported that is to be watched
+        run_one(given.targets[0], given.seconds)
         return 0
     from fuzz_targets import names
 
-    if unknown := sorted(set(options.targets) - set(names())):
+    if unknown := sorted(set(given.targets) - set(names())):
         parser.error(f"there is no target '{unknown[0]}'; there are {', '.join(names())}")
-    targets = options.targets or names()
-    failed = [name for name in targets if not _holds(name, max(1, options.seconds // len(targets)))]
+    targets = given.targets or names()
+    failed = [name for name in targets if not _holds(name, max(1, given.seconds // len(targets)))]
     named = f"; failed: {', '.join(failed)}" if failed else ""
     print(f"{len(targets) - len(failed)} of {len(targets)} targets held{named}")
     return 1 if failed else 0
@@ -86,7 +104,7 @@ def _holds(name: str, seconds: int) -> bool:
         flush=True,
     )
     if done.returncode:
-        print(said[-4000:])
+        print(cause(said))
     return not done.returncode
 
 
