@@ -39,7 +39,7 @@ def ranks(
     environs: Sequence[Mapping[str, str]] = (),
 ) -> list[int | None]:
     """Call `function(team, *arguments)` on `n` ranks; gives their exit codes. What they print is in rank_<i>.log.
-    `environs` has more of the environment of each, if there is more."""
+    `environs` has more of the environment of each, if there is more; TEST_HOST is the name of its machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,6 +70,8 @@ def _rank(function: Any, environ: dict[str, str], parallel: str, folder: Path, a
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     os.environ.update(environ)
+    if "TEST_HOST" in environ:
+        socket.gethostname = lambda: environ["TEST_HOST"]
 
     def work() -> None:
         with joined(read_rank(environ), parallel=parallel, device="cpu") as team:

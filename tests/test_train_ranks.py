@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -49,6 +50,9 @@ def test_torchrun_says_which_rank_a_process_is():
         ({"RANK": "4", "WORLD_SIZE": "4", **TORCHRUN}, "RANK 4 of WORLD_SIZE 4"),
         ({"RANK": "1", "WORLD_SIZE": "4"}, "MASTER_ADDR and MASTER_PORT not set"),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2", **TORCHRUN}, "on this machine 2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "9", **TORCHRUN}, "on this machine 1 of 9"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **TORCHRUN}, "on this machine 1"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", **TORCHRUN}, "on this machine 0"),
     ],
 )
 def test_variables_that_cannot_be_are_refused(environ, words):
@@ -68,6 +72,41 @@ def nothing(team):
 def test_what_no_rank_can_do_is_said_by_one(tmp_path):
     assert ranks(nothing, 2, "layers", tmp_path) == [2, 2]
     assert logs(tmp_path).count("--parallel layers is unknown") == 1
+
+
+def refuse(team):
+    """On both ranks; the second one is slow to look at what the first has said."""
+    if team.rank.index:
+        told = team.watch.told
+
+        def slowly():
+            time.sleep(0.5)
+            return told()
+
+        team.watch.told = slowly
+    raise UserError("no room for any of us")
+
+
+def test_an_error_of_all_is_said_once_though_one_is_slow(tmp_path):
+    """The first rank, which keeps the store, waits until the other has looked."""
+    assert ranks(refuse, 2, "sweep", tmp_path) == [2, 2]
+    assert logs(tmp_path).strip() == "error: no room for any of us"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "environs"),
+    [
+        ("ab", [{}, {}]),  # one a machine, and nobody said so
+        ("abab", [{"LOCAL_RANK": place, "LOCAL_WORLD_SIZE": "2"} for place in "0011"]),  # dealt out by turns
+        ("aa", [{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}]),
+    ],
+)
+def test_ranks_that_are_not_those_of_one_machine_share_no_memory(hosts, environs, tmp_path):
+    environs = [environ | {"TEST_HOST": host} for host, environ in zip(hosts, environs, strict=True)]
+    codes = ranks(nothing, len(hosts), "sweep", tmp_path, environs=environs)
+    assert 0 not in codes
+    assert logs(tmp_path).count("ranks of one machine; set LOCAL_RANK and LOCAL_WORLD_SIZE") == 1
+    assert "AssertionError" not in logs(tmp_path)
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -44,7 +44,7 @@ def read_rank(environ: Mapping[str, str]) -> Rank:
         _number(environ, name) if environ.get(name) else default
         for name, default in (("LOCAL_RANK", index), ("LOCAL_WORLD_SIZE", count))
     )
-    if index >= count or local_index >= local_count:
+    if not (index < count and local_index < local_count and 0 <= index - local_index <= count - local_count):
         raise UserError(
             f"RANK {index} of WORLD_SIZE {count} (on this machine {local_index} of {local_count}) cannot be"
         )
@@ -122,8 +122,7 @@ class Team:
     @property
     def node(self) -> tuple[Rank, ...]:
         """The ranks on this machine: those that torchrun started together."""
-        first = self.rank.index - self.rank.local_index
-        return self.members[first : first + self.rank.local_count]
+        return _node(self.rank, self.members)
 
     def gather(self, facts: Any, among: Sequence[Rank] | None = None) -> list[Any]:
         """What each rank gives, as JSON has it, in the order of the ranks. All ranks (or all of `among`) call it."""
@@ -186,6 +185,7 @@ def joined(rank: Rank, *, parallel: str, device: str) -> Iterator[Team]:
             Watch(store.clone(), rank, members, interrupted=interrupted, keeps=keeps) as watch,
             _ended_together(rank, watch),
         ):
+            _check_nodes(members)
             parallel, device = read_parallel(parallel, rank), local_device(device, rank)
             team = Team(rank=rank, members=members, device=device, parallel=parallel, store=store, watch=watch)
             try:
@@ -202,6 +202,23 @@ def _speak_by_name(rank: Rank) -> None:
     root.setLevel(logging.WARNING)
     for handler in root.handlers:
         handler.setFormatter(logging.Formatter(f"{rank}: %(message)s"))
+
+
+def _check_nodes(members: Sequence[Rank]) -> None:
+    """Raises UserError if ranks that share memory, by their numbers, are not on one machine, by its name."""
+    for rank in members:
+        for place, other in enumerate(_node(rank, members)):
+            if (other.host, other.local_index, other.local_count) != (rank.host, place, rank.local_count):
+                raise UserError(
+                    f"{rank} and {other} are not number {rank.local_index} and {place} of the {rank.local_count} ranks "
+                    "of one machine; set LOCAL_RANK and LOCAL_WORLD_SIZE for each, and number the ranks of a machine "
+                    "in a row, or start with torchrun"
+                )
+
+
+def _node(rank: Rank, members: Sequence[Rank]) -> tuple[Rank, ...]:
+    first = rank.index - rank.local_index
+    return tuple(members[first : first + rank.local_count])
 
 
 def _process_group(store: "dist.PrefixStore", rank: Rank, device: str) -> "dist.ProcessGroup":
@@ -246,6 +263,8 @@ def _ended_together(rank: Rank, watch: Watch) -> Iterator[None]:
         watch.tell("failed with the traceback that it printed")  # unless it has told
         if _keeps_store(rank):
             watch.wait_for_others()
+        else:
+            watch.leave()
 
 
 def _keeps_store(rank: Rank) -> bool:
@@ -262,10 +281,11 @@ def _own(error: UserError, rank: Rank, watch: Watch) -> BaseException:
     if rank.index == 0:
         return error
     last = time.monotonic() + _SAME_ERROR_SECONDS
-    while time.monotonic() < last:
-        if watch.told().get(0, {}).get("how") == f"stopped: {error}":
-            return SystemExit(error.exit_code)
-        time.sleep(10 * _POLL_SECONDS)
+    with suppress(RuntimeError):  # the store is gone, with whatever the first rank said
+        while time.monotonic() < last:
+            if watch.told().get(0, {}).get("how") == f"stopped: {error}":
+                return SystemExit(error.exit_code)
+            time.sleep(10 * _POLL_SECONDS)
     named = UserError(f"{rank} stopped: {error}")
     named.exit_code = error.exit_code
     return named

@@ -172,11 +172,17 @@ class Watch:
             time.sleep(_EVERY_SECONDS)
         return self.reason is not None
 
+    def leave(self) -> None:
+        """The last that this rank asks of the store: whoever keeps it may go."""
+        if not self._mute:
+            with suppress(RuntimeError):
+                self._store.set(f"left/{self._rank.index}", "")
+
     def wait_for_others(self) -> None:
-        """Return when all others have ended or died: the store goes with the process that keeps it."""
+        """Return when all others have left or died: the store goes with the process that keeps it."""
         indices = {other.index for other in self._others}
         with suppress(RuntimeError):
-            while not indices <= self.told().keys() | self._quiet().keys():
+            while not indices <= {i for i in indices if self._store.check([f"left/{i}"])} | self._quiet().keys():
                 time.sleep(_EVERY_SECONDS / 10)
 
     def _quiet(self) -> dict[int, str]:
