@@ -21,7 +21,10 @@ from cache_spec.command import app_for, run_command
 from cache_spec.store import Store
 
 CALLS = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rmdir")  # that change what others see
-REQUESTS = ("read", "read_range", "size", "sizes", "put", "put_file", "create", "copy", "delete")  # of a Store
+REQUESTS = (  # of a Store
+    *("read", "read_start", "read_range", "size", "sizes"),
+    *("put", "put_file", "create", "copy", "delete"),
+)
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PATIENCE_S = 120  # a child that takes longer hangs
 _REAL = {name: getattr(os, name) for name in (*CALLS, "close")}

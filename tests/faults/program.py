@@ -6,6 +6,7 @@ python tests/faults/program.py FOLDER STAGE moment=20 call=20 ...; under `unshar
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,12 +62,13 @@ def _request(trials: Trials, seconds: float, n_calls: int) -> None:
     trials.strike(killed_when(lambda n, name, key: n >= number), killed)
 
 
+_UPLOAD = re.compile(rf"{UPLOADS}/\d+[/.]")  # of a shard; what is put there before the planning is none
 COMMIT = {  # the request to the store that comes after each step
-    "the uploads": lambda name, key: name == "create" and key.startswith(UPLOADS),
-    "the choice of a writer": lambda name, key: name == "read" and key.startswith(UPLOADS),
+    "the uploads": lambda name, key: name == "create" and _UPLOAD.match(key),
+    "the choice of a writer": lambda name, key: name == "read" and _UPLOAD.match(key),
     "a copy": lambda name, key: name == "copy",
     "the copies": lambda name, key: name == "create" and key.startswith(RECORDS),
-    "the record": lambda name, key: name == "delete" and key.startswith(UPLOADS),
+    "the record": lambda name, key: name == "delete" and _UPLOAD.match(key),
 }
 
 
@@ -76,7 +78,7 @@ def _step(trials: Trials, seconds: float, n_calls: int) -> None:
     left = [trials.rng.randrange(2)]  # of the first shard or of the second, if both are missing
 
     def is_time(n: int, name: str, key: str) -> bool:
-        left[0] -= comes(name, key)
+        left[0] -= bool(comes(name, key))
         return left[0] < 0
 
     trials.strike(killed_when(is_time), killed)
