@@ -1,6 +1,7 @@
 """Where the ranks of a job meet: only those of one attempt, whatever an attempt before it left in the store."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Sequence
 
@@ -76,6 +77,23 @@ def test_who_did_not_come_is_named(monkeypatch):
     assert "of 4 ranks 1, 3 did not come within 0.2 s" in str(third)
     (second,) = meet(dist.HashStore(), [rank(1, 2, 11)])
     assert "of 2 ranks 0 did not come" in str(second)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("address", ["no.such.host.invalid", "two..dots", "127.0.0.1"])
+def test_a_place_where_nobody_can_meet_is_one_sentence(address, index, monkeypatch, capfd):
+    """A name that means nothing, and a machine where nobody comes."""
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", 0.5)
+    monkeypatch.setenv("MASTER_ADDR", address)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(found.getsockname()[1]))
+    monkeypatch.setenv("RANK", str(index))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"no meeting place at {address}:") as refused:
+        meeting.meet(rank(index, 2, 10))
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def say(team, what: str, folder) -> None:

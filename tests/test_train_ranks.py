@@ -48,6 +48,8 @@ def test_torchrun_says_which_rank_a_process_is():
         ({"WORLD_SIZE": "2"}, "only WORLD_SIZE is set"),
         ({"RANK": "two", "WORLD_SIZE": "4", **TORCHRUN}, "RANK is 'two'"),
         ({"RANK": "4", "WORLD_SIZE": "4", **TORCHRUN}, "RANK 4 of WORLD_SIZE 4"),
+        ({"RANK": "1", "WORLD_SIZE": "4", **TORCHRUN, "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"RANK": "1", "WORLD_SIZE": "4", **TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT 70000 is above"),
         ({"RANK": "1", "WORLD_SIZE": "4"}, "MASTER_ADDR and MASTER_PORT not set"),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2", **TORCHRUN}, "on this machine 2"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "9", **TORCHRUN}, "on this machine 1 of 9"),

@@ -7,6 +7,7 @@ whoever it has not called by the word that he made up for himself is not in it.
 
 import json
 import os
+import socket
 import time
 import uuid
 from datetime import timedelta
@@ -17,6 +18,7 @@ from cache_spec.errors import UserError
 from train.watch import Rank, address
 
 JOIN_SECONDS = 120  # for all to come; they start together
+_ANSWER_SECONDS = 5  # until a machine that does not answer is asked again
 _LEADER = "leader"
 _ROLL = "roll"
 _POLL_SECONDS = 0.005
@@ -29,7 +31,7 @@ def meet(rank: Rank) -> "tuple[dist.PrefixStore, tuple[Rank, ...]]":
         return _called(_store(rank), rank)
     except UserError:
         raise
-    except (dist.DistError, ValueError, RuntimeError) as error:
+    except (dist.DistError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{rank} found no meeting place at {address()} ({reason}); check that all processes were started and that "
@@ -39,10 +41,33 @@ def meet(rank: Rank) -> "tuple[dist.PrefixStore, tuple[Rank, ...]]":
 
 def _store(rank: Rank) -> "dist.PrefixStore":
     """What all processes of the job reach. torchrun keeps it; without torchrun the first rank does."""
+    _reach(rank)
     store, _, _ = next(dist.rendezvous("env://", rank.index, rank.count, timeout=timedelta(seconds=JOIN_SECONDS)))
     while isinstance(store, dist.PrefixStore):  # an older torch puts the attempt in, as this machine counts it
         store = store.underlying_store
     return dist.PrefixStore(f"granary/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store)
+
+
+def _reach(rank: Rank) -> None:
+    """Return when there is somebody at the meeting place, or raise what the system says: torch would add frames of C++
+    to it, and try for as long several times over."""
+    place, last = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            if keeps_store(rank):  # nobody is there before this rank is
+                socket.getaddrinfo(*place)
+            else:
+                socket.create_connection(place, timeout=_ANSWER_SECONDS).close()
+            return
+        except OSError:
+            if time.monotonic() > last:
+                raise
+        time.sleep(20 * _POLL_SECONDS)
+
+
+def keeps_store(rank: Rank) -> bool:
+    """Whether this process keeps the store of the job, which goes with it."""
+    return rank.index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _called(store: "dist.PrefixStore", rank: Rank) -> "tuple[dist.PrefixStore, tuple[Rank, ...]]":

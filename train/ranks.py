@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from cache_spec.errors import UserError
-from train.meeting import meet
+from train.meeting import keeps_store, meet
 from train.parallel.axis import ALONE, Axis, Spread
 from train.watch import INTERRUPTED, JobEnded, Rank, Watch, interrupted_once
 
@@ -50,6 +50,8 @@ def read_rank(environ: Mapping[str, str]) -> Rank:
         )
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if count > 1 and not environ.get(name)]:
         raise UserError(f"{' and '.join(missing)} not set, so {count} processes cannot meet; start them with torchrun")
+    if count > 1 and _number(environ, "MASTER_PORT") > 65_535:
+        raise UserError(f"MASTER_PORT {environ['MASTER_PORT']} is above 65535; give the port that torchrun meets at")
     return Rank(
         index=index,
         count=count,
@@ -261,14 +263,10 @@ def _ended_together(rank: Rank, watch: Watch) -> Iterator[None]:
         raise _job_ended(watch) from None
     finally:
         watch.tell("failed with the traceback that it printed")  # unless it has told
-        if _keeps_store(rank):
+        if keeps_store(rank):
             watch.wait_for_others()
         else:
             watch.leave()
-
-
-def _keeps_store(rank: Rank) -> bool:
-    return rank.index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _job_ended(watch: Watch) -> BaseException:
