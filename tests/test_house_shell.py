@@ -191,11 +191,19 @@ def test_what_a_sweep_will_take_as_json(tmp_path):
     assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
     facts = json.loads(done.stdout)
     assert list(facts) == list(table("train key"))
-    assert [one["name"] for one in facts["runs"]] == ["batchtopk_d32_k3_seed0", "batchtopk_d32_k4_seed0"]
+    assert [each["name"] for each in facts["runs"]] == ["batchtopk_d32_k3_seed0", "batchtopk_d32_k4_seed0"]
     assert facts["steps"] == facts["tokens"] // 32 == 20
     assert facts["memory"]["passes"] == 1
-    assert not (tmp_path / "runs").exists()
+    one, other = names = [each["name"] for each in facts["runs"]]
+    assert (facts["parallel"], facts["ranks"]) == ("", [names])
     assert run(*words, "--json").returncode == 2
+    for parallel, ranks in (("sweep", [[one], [other]]), ("data", [names, names])):
+        how = ("--dry-run", "--json", "--parallel", parallel)
+        done = run("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *words, *how)
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+        facts = json.loads(done.stdout)
+        assert (facts["parallel"], facts["ranks"]) == (parallel, ranks)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_commands_of_the_page_run(tmp_path):

@@ -64,7 +64,8 @@ def _run(options: Options, given: Set[str], team: Team) -> None:
     if team.is_first:
         shares = shares_of(runs, loader, options.kernel, team)
         if options.json:
-            print(json.dumps(plan_facts(loader, shares, n_threads, memory, options.kernel, team.spread)))
+            facts = plan_facts(loader, shares, n_threads, memory, options.kernel, team.parallel, team.spread)
+            print(json.dumps(facts))
             return
         print_preset(options.preset, preset)
         print_plan(loader, shares, n_threads, memory, options.kernel, team.spread)

@@ -83,9 +83,13 @@ def plan_facts(
     n_threads: int,
     free: int | None,
     kernel: str,
+    parallel: str = "",
     spread: Spread = ALONE,
 ) -> dict[str, Any]:
-    """The same for programs: what `--dry-run --json` prints. docs/shell.md has the keys. Raises as print_plan does."""
+    """The same for programs: what `--dry-run --json` prints. docs/shell.md has the keys. Raises as print_plan does.
+
+    `parallel` as a team has it.
+    """
     data, runs = loader.data, [run for share in shares for run in share]
     needed, passes = _of_the_fullest(loader, shares, n_threads, free, kernel, spread)
     return {
@@ -100,6 +104,8 @@ def plan_facts(
         "epochs": loader.n_steps * data.batch_size / loader.n_rows,
         "memory": {"needed": needed, "free": free, "passes": len(passes)},
         "device": str(loader.device),
+        "parallel": parallel,
+        "ranks": [[run.name for run in share] for share in shares] * spread.size,
         "runs": [
             {
                 "name": run.name,
