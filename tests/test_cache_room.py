@@ -41,6 +41,7 @@ def test_what_a_dead_writer_left_makes_room(tmp_path):
         f"{NAME}/notes.txt",
         f"{NAME}/layer_1/.0.partial",
         f"{NAME}/{INTERNAL}/windows.npy",
+        f"{NAME}/{INTERNAL}/7",
     ],
 )
 def test_what_is_no_copy_stays_and_does_not_count(tmp_path, file):
@@ -54,6 +55,14 @@ def test_what_is_no_copy_stays_and_does_not_count(tmp_path, file):
     with room.reserve(room.home(NAME) / "2", 100):
         assert path.read_bytes() == bytes(100)
         assert not copy.exists()
+
+
+def test_copies_that_a_user_keeps_under_another_name_stay(tmp_path):
+    room = Room(tmp_path, 100, patience=0.0)
+    (room.home(NAME) / "1").write_bytes(bytes(100))
+    room.home(NAME).rename(tmp_path / "kept")
+    with room.reserve(room.home(NAME) / "2", 100):
+        assert (tmp_path / "kept" / "1").read_bytes() == bytes(100)
 
 
 def test_links_and_pipes_stay_and_are_not_waited_for(tmp_path):

@@ -2,6 +2,7 @@
 claims of the killed left in it for whoever comes next."""
 
 import fcntl
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -164,6 +165,28 @@ def test_after_a_death_and_a_stop_the_next_does_not_wait_for_the_dead(
     assert "waiting" not in said
     assert root.store.list(CLAIMS) == []
     assert list(scratch.iterdir()) == []
+
+
+def test_each_url_has_a_scratch_folder_of_its_own_and_one_process_of_it_plans_at_a_time(root, tmp_path):
+    others = place_of(f"file://{tmp_path}/other/store", IMPATIENT)
+    assert isinstance(others, StorePath)
+    assert target._scratch_folder(root, tmp_path) != target._scratch_folder(others, tmp_path)
+    with ExitStack() as stack:
+        first, second, other = (
+            stack.enter_context(target.open_target(str(place), tmp_path / "scratch")) for place in (root, root, others)
+        )
+        with first.planning(), other.planning():  # which waits for nobody
+            planned = threading.Event()
+
+            def plan_too() -> None:
+                with second.planning():
+                    planned.set()
+
+            late = threading.Thread(target=plan_too)
+            late.start()
+            assert not planned.wait(0.2)
+        late.join()
+        assert planned.is_set()
 
 
 def test_the_planners_files_are_fetched_once_a_machine_and_not_by_who_made_them(
