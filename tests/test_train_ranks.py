@@ -1,6 +1,8 @@
 """Who a process is among those of its job, and how runs are spread over them."""
 
 import os
+import re
+import signal
 import socket
 import time
 
@@ -93,6 +95,20 @@ def test_an_error_of_all_is_said_once_though_one_is_slow(tmp_path):
     """The first rank, which keeps the store, waits until the other has looked."""
     assert ranks(refuse, 2, "sweep", tmp_path) == [2, 2]
     assert logs(tmp_path).strip() == "error: no room for any of us"
+
+
+def refuse_one(team):
+    """The second rank has an error of its own, and torchrun stops it while it asks whether the first has it too."""
+    if team.rank.index:
+        team.watch.told = lambda: signal.raise_signal(signal.SIGTERM)
+        raise UserError("no room for me")
+    team.gather("nothing")
+
+
+def test_an_error_of_one_is_said_by_it_though_it_is_stopped_meanwhile(tmp_path):
+    assert ranks(refuse_one, 2, "sweep", tmp_path) == [1, 2]
+    assert re.fullmatch(r"error: rank 1 \(.*\) stopped: no room for me\n", (tmp_path / "rank_1.log").read_text())
+    assert "no room for me" in (tmp_path / "rank_0.log").read_text()
 
 
 @pytest.mark.parametrize(

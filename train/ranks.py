@@ -279,7 +279,9 @@ def _own(error: UserError, rank: Rank, watch: Watch) -> BaseException:
     if rank.index == 0:
         return error
     last = time.monotonic() + _SAME_ERROR_SECONDS
-    with suppress(RuntimeError):  # the store is gone, with whatever the first rank said
+    # RuntimeError: the store is gone, with whatever the first rank said. KeyboardInterrupt: the launcher stops the
+    # ranks that are left, and this one's own error is why.
+    with suppress(RuntimeError, KeyboardInterrupt):
         while time.monotonic() < last:
             if watch.told().get(0, {}).get("how") == f"stopped: {error}":
                 return SystemExit(error.exit_code)
