@@ -17,11 +17,13 @@ from cache_spec.files import (
     seal,
     write_file,
 )
-from cache_spec.untrusted import json_of
+from cache_spec.untrusted import json_of, read_bounded
+from train.pushing import MOST_REPORT
 
 ROOT = Path(__file__).parent.parent
 ALL = ("cache_spec", "harvest", "train", "evaluate")
 LIBRARIES = ("numpy", "scipy", "tokenizers", "torch", "transformers")
+MEASURED = ("threshold", "n_rows", "l0", "metrics", "profiles", "example", "eval_result_metrics", "missing")
 _SHOWN = {  # of evaluate: what compares and shows numbers that are there
     f"evaluate/{name}.py"
     for name in (
@@ -62,12 +64,57 @@ def fingerprint(facts: Mapping[str, Any], *, device: str, metrics: Sequence[str]
 
 
 def read_kept(path: Path, wanted: str) -> dict[str, Any] | None:
-    """The report in a file if it has this fingerprint and was not changed, else None: the case is measured again."""
+    """What was measured, by a report with this fingerprint that was not changed, else None: the case is measured again.
+
+    So it is if the report, whose checksum anybody can make, does not say what a report says.
+    """
     try:
-        report = check_seal(json_of(path.read_bytes()), path)
+        report = check_seal(json_of(read_bounded(path, MOST_REPORT)), path)
     except (OSError, ValueError):
         return None
-    return report if report.get("fingerprint") == wanted else None
+    measured = {name: report[name] for name in MEASURED if name in report}
+    return measured if report.get("fingerprint") == wanted and _is_measurement(measured) else None
+
+
+def _is_measurement(found: Mapping[str, Any]) -> bool:
+    if len(found) < len(MEASURED):
+        return False
+    metrics, profiles, example = found["metrics"], found["profiles"], found["example"]
+    return (
+        _is_number(found["l0"])
+        and isinstance(metrics, dict)
+        and all(isinstance(numbers, dict) and all(map(_is_number, numbers.values())) for numbers in metrics.values())
+        and isinstance(profiles, dict)
+        and all(isinstance(profile, list) and all(map(_is_number, profile)) for profile in profiles.values())
+        and (example is None or _is_example(example))
+    )
+
+
+def _is_example(found: Any) -> bool:
+    return (
+        _has_fields(found, {"family": str, "parent": str, "latents": list, "bars": list})
+        and all(type(latent) is int for latent in found["latents"])
+        and all(
+            _has_fields(bar, {"child": str, "n": int, "firing": float, "absorbed": float, "absorber": str})
+            and 0 <= bar["firing"] <= 1
+            and 0 <= bar["absorbed"] <= 1
+            for bar in found["bars"]
+        )
+    )
+
+
+def _has_fields(found: Any, kinds: Mapping[str, type]) -> bool:
+    """Whether something is an object of these fields and no others, each of its kind."""
+    return (
+        isinstance(found, dict)
+        and found.keys() == kinds.keys()
+        and all(isinstance(found[name], kind) for name, kind in kinds.items())
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number as we write one, or null."""
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def keep(path: Path, report: Mapping[str, Any]) -> str:

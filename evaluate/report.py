@@ -80,10 +80,10 @@ def result_of(case: Case, measured: Mapping[str, Any]) -> Result:
 
 
 def _threshold(dictionary: object) -> float | None:
-    """The mean threshold of an SAE's latents; None where there is none."""
+    """The mean threshold of an SAE's latents; None where there is none, or it overflows."""
     if not isinstance(dictionary, Learned) or dictionary.sae.threshold is None:
         return None
-    return float(dictionary.sae.threshold.mean())
+    return _number(float(dictionary.sae.threshold.mean()))
 
 
 def _number(value: float) -> float | None:
