@@ -11,7 +11,7 @@ from train_fixtures import DATA, make_training_cache, run_config
 
 from cache_spec import UserError
 from cache_spec.seeds import derive_seed
-from train.activations import kth_largest
+from train.activations import _keep_anywhere, _keep_spread, kth_largest
 from train.annealing import Annealing
 from train.choosing import kernel_of
 from train.engine import Kernel
@@ -86,6 +86,33 @@ def part_ways(team):
         check_copies(team.spread, weights, "go on")
 
 
+def keep(team):
+    """The k largest of a batch and the smallest of them, also where fewer than k are positive, and where none is."""
+    axis = team.spread.all
+    for values, n in ((numbers(6, 6, 9), 20), (numbers(6, 6, 9) - 1, 40), (numbers(6, 6, 9) - 9, 20)):
+        codes, smallest = _keep_anywhere(values, n)
+        for spread, part in (
+            (Spread(rows=axis, all=axis), (axis.share(6), slice(None))),
+            (Spread(latents=axis, all=axis), (slice(None), axis.share(9))),
+        ):
+            own, found = _keep_spread(values[part], n, spread)
+            assert own.equal(codes[part])
+            assert found == smallest
+
+
+def begin(team):
+    """All start at the first rank's b_dec, though a machine may round it otherwise: here it is quite another."""
+    for spread in (Spread(rows=team.spread.all), Spread(latents=team.spread.all)):
+        x = [numbers(7, 20, 5) + index for index in (0, team.rank.index)]
+        run, first = (
+            TrainRun(run_config("topk", d_sae=48), 5, 10, Kernel("dense", dense.engine), spread=each)
+            for each in (spread, ALONE)
+        )
+        run.start_at(x[1])
+        first.start_at(x[0])
+        assert run.sae.b_dec.equal(first.sae.b_dec)
+
+
 def anneal(team):
     """Ranks see their part of the codes, of rows or of latents, and move the coefficient as one does that sees all."""
     how = {"start": 2, "n_steps": 30, "p_end": 0.2, "n_updates": 6, "n_queue": 4, "dtype": torch.float32}
@@ -135,6 +162,8 @@ def files(team, path):
 
 def all_of_it(team, path):
     exchange(team)
+    keep(team)
+    begin(team)
     anneal(team)
     part_ways(team)
     files(team, path)
