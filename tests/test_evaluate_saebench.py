@@ -226,3 +226,20 @@ def test_our_names_of_saebench_are_its_own():
         categories = next(found for name, found in classes.items() if name.endswith("MetricCategories"))
         assert set(sections) <= categories
         assert {name for names in sections.values() for name in names} <= set().union(*classes.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        *(({"name": name}, "name is .*SAEBench names files by it") for name in ("../../x", "/etc/x", "a/b", "..", "")),
+        *(({"cache": cache}, r"cache\.") for cache in ({}, {"tl_name": 3}, {"model": None})),
+        ({"name": None}, "name is None"),
+    ],
+)
+def test_a_run_that_does_not_say_what_saebench_needs_is_refused(trained, tmp_path, changes, word):
+    run = changed(trained / "batchtopk", tmp_path / "run", lambda W_dec: W_dec)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, **changes}))
+    with pytest.raises(UserError, match=word):
+        prepare(run, tmp_path / "out", model_name=PYTHIA)
+    assert not (tmp_path / "out").exists()

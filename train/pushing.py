@@ -32,7 +32,7 @@ REPORT, PAGE = "report.json", "report.html"  # evaluate writes both for one run 
 MOST_REPORT = 2**30  # bytes of one; that over all runs has every number of each
 _OF_A_RUN = {CFG, WEIGHTS, FACTS, LOG, REPORT, PAGE, STATE}
 _OF_RUNS = {REPORT, PAGE}
-_ID = re.compile(r"[A-Za-z0-9][\w.=+,-]*")
+SAE_ID = re.compile(r"[A-Za-z0-9][\w.=+,-]*")
 # a path from the root or the home of a machine, two names or more; `a/b` and `https://a/b` are none
 _PATH = re.compile(r"(?<![\w.:/@~-])(?:~|\.{1,2})?/(?:[\w.+=@-]+/)+([\w.+=@-]+)/?")
 
@@ -76,7 +76,7 @@ def read_runs(runs: Path) -> list[PushedRun]:
 
 
 def _read_run(folder: Path) -> PushedRun:
-    if not _ID.fullmatch(folder.name):
+    if not SAE_ID.fullmatch(folder.name):
         raise UserError(f"'{folder.name}' can be no name of an SAE on the hub; rename the folder: letters, digits, ._-")
     run = load_run(folder)
     foreign = sorted(e.name for e in folder.iterdir() if e.name not in _OF_A_RUN and not e.name.startswith("."))

@@ -17,8 +17,9 @@ from cache_spec.files import readable_json
 from cache_spec.markdown import plain
 from cache_spec.untrusted import printable
 from evaluate.saebench.run_saebench import NAMES
-from train.pushing import without_paths
-from train.run_folder import CFG, WEIGHTS, TrainedRun, load_run
+from train.known import check_facts
+from train.pushing import SAE_ID, without_paths
+from train.run_folder import CFG, FACTS, WEIGHTS, TrainedRun, load_run
 
 DEFAULT_EVALS = ("core", "sparse_probing", "absorption")
 # what SAEBench knows a model's batch size and dtype by, and its name on the hub
@@ -65,13 +66,19 @@ def prepare(run_folder: Path, out: Path, *, evals: Sequence[str] = (), model_nam
     if unknown := [name for name in chosen if name not in NAMES]:
         raise UserError(f"there is no evaluation '{unknown[0]}'; there are {', '.join(NAMES)}")
     run = load_run(run_folder)
+    check_facts(run.facts, run_folder / FACTS)
+    if not SAE_ID.fullmatch(name := run.facts["name"]):
+        raise UserError(
+            f"{run_folder / FACTS} says name is {name!r:.40}, and SAEBench names files by it: letters, digits and ._- "
+            "can be in it; train the run again"
+        )
     if run.sae.is_transcoder:
         raise UserError(f"{run_folder} is a transcoder, and SAEBench compares an SAE with its own input; give an SAE")
     _refuse_taken(out)
     model = _model(run, model_name)
     _, batch_size, dtype = _KNOWN.get(model, ("", _UNKNOWN_BATCH, _UNKNOWN_DTYPE))
     prepared = Prepared(
-        name=str(run.facts["name"]),
+        name=name,
         model_name=model,
         llm_dtype=dtype,
         llm_batch_size=batch_size,
