@@ -31,7 +31,7 @@ def copies_for(place: str | Path | None, folder: str | None, n_bytes: str) -> Co
     if folder is not None and (not folder or is_url(folder)):
         raise UserError(f"--cache-dir is {folder!r:.200}; give a folder on this machine, or leave it out")
     return Copies(
-        folder=(default_folder() if folder is None else Path(folder)).expanduser(),
+        folder=default_folder() if folder is None else Path(os.path.expanduser(folder)),
         n_bytes=parse_bytes(n_bytes or DEFAULT_BYTES, "--cache-bytes"),
     )
 

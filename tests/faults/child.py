@@ -83,14 +83,15 @@ class Counter:
 
 def start(commands: Sequence[Sequence[str]], arm: Arm, note: Path, said: int) -> int:
     """A child that runs commands, one after another, until one does not end well; returns its id."""
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # in the child until the command heeds them
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         return child
     code, before = 1, set(sys.modules)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the command heeds them: real ones start otherwise
         signal.alarm(PATIENCE_S)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(said, 2)
