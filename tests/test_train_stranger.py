@@ -229,6 +229,7 @@ def test_a_number_that_json_has_not_is_not_pushed(runs, file, number):
     ("changes", "word"),
     [
         *(({name: ["x"]}, f"{name} is .*no text") for name in ("name", "recipe", "kernel", "spread")),
+        *(({name: None}, f"{name} is None, which is no text") for name in ("kernel", "spread")),
         *(({name: math.nan}, "NaN is no number") for name in ("norm_factor", "anything")),
         *(({"norm_factor": value}, "holds another run: norm_factor") for value in (0, True, "1", None, 10**39, 3.0)),
         ({"target_norm_factor": 3.0}, "holds another run: target_norm_factor"),
@@ -267,6 +268,11 @@ def test_what_the_page_of_a_run_tells_is_there_before_it_is_told(runs):
     for metrics in ([], {"core": 1}):
         with pytest.raises(UserError, match="metrics"):
             check_report({"metrics": metrics}, "report.json")
+
+
+def test_a_page_tells_of_runs_without_versions(runs):
+    edit(runs / "topk/run.json", versions=None)
+    use_runs(runs)
 
 
 def test_strange_names_in_a_state_are_no_checkpoints(made, tmp_path):

@@ -1,4 +1,4 @@
-"""Tensors from a stranger: of a type, a size or a number that cannot be computed with."""
+"""Tensors and settings from a stranger: of a type, a size or a length that cannot be computed with or told."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz_fixtures import sealed, spelled
+from fuzz_runs import use_sae
 from fuzz_targets import target
 from safetensors.torch import load_file, save, save_file
 from train_fixtures import run_config
@@ -87,3 +88,34 @@ def test_a_checkpoint_of_other_tensors_is_not_gone_on_with(made, tmp_path, name,
         file.with_suffix(".json").write_bytes(spelled(sealed(facts)))
     with pytest.raises(UserError, match=f"no checkpoint .* is whole .*its {name} is"):
         restore_checkpoint(folder, TrainRun(run_config(), 8, 60, select("dense", "cpu")))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"normalize_activations": "x" * 5000}, {"architecture": "x" * 5000}, {"reshape_activations": ["x"] * 5000}),
+        *({"metadata": {"sae_lens_version": version}} for version in ("9" * 5000, "²", "٣", None, [])),
+        {"metadata": {"granary": {"config": {"arch": "batchtopk", "k": 10**39}}}},
+    ],
+)
+def test_what_a_cfg_says_at_length_or_in_other_letters_is_no_traceback(made, tmp_path, changes):
+    sae = Path(shutil.copytree(made / "saelens", tmp_path / "sae"))
+    facts = json.loads((sae / "cfg.json").read_bytes())
+    metadata = {**facts["metadata"], **changes.get("metadata", {})}
+    (sae / "cfg.json").write_bytes(spelled({**facts, **changes, "metadata": metadata}))
+    use_sae(sae)
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "changes"),
+    [
+        ("dictionary_learning", "config.json", {"trainer": {"dict_class": "x" * 5000}}),
+        ("sparsify", "cfg.json", {"activation": "x" * 5000}),
+    ],
+)
+def test_what_another_tool_says_at_length_is_cut(made, tmp_path, folder, file, changes):
+    sae = Path(shutil.copytree(made / folder, tmp_path / "sae"))
+    (sae / file).write_bytes(spelled({**json.loads((sae / file).read_bytes()), **changes}))
+    with pytest.raises(UserError, match=r"x{70}") as caught:
+        read_folder(sae)
+    assert len(str(caught.value)) < 600

@@ -193,7 +193,7 @@ def _tokens(run: PushedRun) -> int:
 
 
 def _provenance(runs: Sequence[PushedRun]) -> str:
-    made = _once((run.facts.get("git_commit", "unknown"), run.facts.get("versions", {})) for run in runs)
+    made = _once((run.facts.get("git_commit", "unknown"), run.facts.get("versions") or {}) for run in runs)
     lines = [
         f"granary {plain(str(commit)[:12])}, {plain(', '.join(f'{k} {v}' for k, v in versions.items()))}"
         for commit, versions in made

@@ -35,9 +35,9 @@ def check_parts(facts: Mapping[str, Any], where: object) -> None:
 
     Parts may be missing.
     """
-    for names, kind, what in ((_PARTS, dict, "object"), (_TEXTS, str, "text")):
+    for names, kind, what in ((_PARTS, dict | None, "object"), (_TEXTS, str, "text")):
         for name in names:
-            if not isinstance(facts.get(name), kind | None):
+            if name in facts and not isinstance(facts[name], kind):
                 raise UserError(f"{where} says {name} is {facts[name]!r:.40}, which is no {what}; {AGAIN}")
 
 

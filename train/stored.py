@@ -60,7 +60,7 @@ class Stored:
         if isinstance(self.sae.activation, TopK):
             return self.sae.activation.k
         k = self.trained_with.get("k")
-        return k if isinstance(k, int) and k > 0 and self.arch in ("batchtopk", "matryoshka") else None
+        return k if type(k) is int and 0 < k <= self.sae.d_sae and self.arch in ("batchtopk", "matryoshka") else None
 
     @property
     def arch(self) -> str:

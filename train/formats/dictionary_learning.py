@@ -202,7 +202,7 @@ def read(folder: Path) -> Stored:
         raise UserError(f"its {CONFIG} has no trainer, which says what class it is; {AGAIN}")
     name = trainer.get("dict_class")
     if not isinstance(name, str) or name not in CLASSES:
-        raise UserError(f"its dict_class is {name!r}, and granary reads {', '.join(CLASSES)}; convert it")
+        raise UserError(f"its dict_class is {name!r:.80}, and granary reads {', '.join(CLASSES)}; convert it")
     made, found = CLASSES[name], read_plain_tensors(folder / WEIGHTS)
     d_in, d_sae = whole_number(trainer, "activation_dim"), whole_number(trainer, "dict_size")
     k = _read_k(made, found, trainer, d_sae)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _kept_metadata(cfg: Mapping[str, Any]) -> dict[str, Any]:
         metadata["training_architecture_details"] = {"k": cfg["k"]}
     metadata.setdefault("training_architecture_details", {})
     major = str(metadata.get("sae_lens_version")).partition(".")[0]
-    if not major.isdigit() or int(major) < 6:
+    if not re.fullmatch("[0-9]{1,9}", major) or int(major) < 6:
         metadata["sae_lens_version"] = VERSION  # the format that it is written in, if it is
     return metadata
 
@@ -100,11 +101,14 @@ def read_sae(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SparseAut
     plain = _IN_USE.get(str(cfg.get("architecture", "standard")))
     if plain is None:
         raise UserError(
-            f"its architecture is '{cfg.get('architecture')}', and granary computes {', '.join(_IN_USE)}; convert it"
+            f"its architecture is '{cfg.get('architecture')!s:.80}', and granary computes {', '.join(_IN_USE)}; "
+            "convert it"
         )
     for key, wanted in _DEFAULTS.items():
         if cfg.get(key, wanted) not in (wanted, None):
-            raise UserError(f"its {key} is {cfg[key]}, and granary computes {wanted} alone; convert it in SAELens")
+            raise UserError(
+                f"its {key} is {cfg[key]!s:.80}, and granary computes {wanted} alone; convert it in SAELens"
+            )
     found = {name: tensor.float() for name, tensor in tensors.items()}
     if plain == "jumprelu" and "topk_threshold" in found:
         found["threshold"] = found.pop("topk_threshold").reshape(1).expand(int(cfg["d_sae"]))
@@ -162,7 +166,9 @@ def _normalised(tensors: dict[str, Tensor], cfg: Mapping[str, Any]) -> dict[str,
         return tensors
     factor = cfg.get("norm_scaling_factor")
     if how != "expected_average_only_in" or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise UserError(f"its activations are normalised ({how}) by a factor that the folder does not hold; {FOLD}")
+        raise UserError(
+            f"its activations are normalised ({how!s:.80}) by a factor that the folder does not hold; {FOLD}"
+        )
     return tensors | {
         "W_enc": tensors["W_enc"] * factor,
         "W_dec": tensors["W_dec"] / factor,

@@ -109,7 +109,9 @@ def read(folder: Path) -> Stored:
     """The SAE or transcoder in a folder. Raises UserError that starts with what is wrong with it."""
     cfg, found = read_object(folder / CONFIG), read_safetensors(folder / WEIGHTS)
     if (activation := cfg.get("activation", "topk")) != "topk" or cfg.get("signed"):
-        raise UserError(f"its activation is {'signed ' if cfg.get('signed') else ''}{activation}, not topk; convert it")
+        raise UserError(
+            f"its activation is {'signed ' if cfg.get('signed') else ''}{activation!s:.80}, not topk; convert it"
+        )
     d_in = whole_number(cfg, "d_in")
     d_sae = whole_number(cfg, "num_latents") if cfg.get("num_latents") else d_in * whole_number(cfg, "expansion_factor")
     k, transcode, skip = (
