@@ -61,11 +61,31 @@ def dead() -> int:
 def test_ranks_that_live_or_ended_well_are_not_gone():
     first, second, third = watches(members("a", "a", "b"))
     assert not first.look()
-    third.tell("")
-    second.tell("")
+    for other in (third, second):
+        other.tell("")
+        other.leave()
     assert not first.look()
     first.check()
     first.wait_for_others()
+
+
+def test_in_the_end_nobody_asks_the_store_any_more():
+    """A thread that is in torch's own code when Python ends aborts it."""
+    store, asked = dist.HashStore(), threading.Event()
+
+    class Slow:
+        def set(self, key: str, value: str) -> None:
+            asked.set()
+            time.sleep(0.5)
+            store.set(key, value)
+
+        def check(self, keys: list[str]) -> bool:
+            return store.check(keys)
+
+    watch, _ = watches(members("a", "b"), Slow())
+    with watch:
+        assert asked.wait(5)
+    assert not [thread for thread in threading.enumerate() if thread.name in ("look", "watch")]
 
 
 def test_a_process_that_is_gone_from_this_machine_died(dead):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SILENT_SECONDS = 30.0  # of a rank on another machine, until it counts as gone
 GRACE_SECONDS = 20.0  # for this process to end by itself when another is gone
 _EVERY_SECONDS = 0.5
+_LOOKED_SECONDS = 5.0  # for an answer of the store, in the end
 _ENDS = "ends"
 _DEAD = "died without a word: it was killed, by hand or for want of memory"
 INTERRUPTED = "was stopped by Ctrl-C or a signal"
@@ -84,19 +85,22 @@ class Watch:
         self._answered = time.monotonic()  # when the store last did
         self._mute = False  # whether it no longer does
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._looker = threading.Thread(target=self._look_on, name="look", daemon=True)
 
     def __enter__(self) -> "Watch":
         self._answered = time.monotonic()
         self._thread.start()
         # A machine that is switched off breaks no connection, and whoever asks its store may wait for a quarter of an
         # hour: so the thread that asks is not the one that acts.
-        threading.Thread(target=self._look_on, name="look", daemon=True).start()
+        self._looker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._left.set()
         self._thread.join()
+        if not self._mute:  # one that is asking the store when Python ends would end it by SIGABRT
+            self._looker.join(_LOOKED_SECONDS)
 
     @property
     def sentence(self) -> str:
