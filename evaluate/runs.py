@@ -197,7 +197,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"{FACTS} cannot be read ({error.strerror}); see to that, or move its folder away") from error
     if not isinstance(facts, dict):
         raise UserError(f"{FACTS} is not a JSON object; {AGAIN}")
-    return unsealed(facts, data, file)
+    return unsealed(facts, file)
 
 
 def _run(file: Path, facts: dict[str, Any]) -> Run:

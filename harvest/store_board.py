@@ -32,14 +32,25 @@ class StoreBoard:
 
     def post(self, name: str, line: bytes) -> bool:
         """As Board says."""
-        if not self._store.create(f"{CLAIMS}/{name}", line):
-            return False
-        self._mine[name] = line
-        # The store decides. Here may be a claim of the same name that a killed process left before somebody, who may
-        # be on another machine, took it out of the store.
+        # Here first, so that a process that is killed in between has left no claim whose owner nobody knows to be dead.
+        here, created = self._post_here(name, line), False
+        try:
+            created = self._store.create(f"{CLAIMS}/{name}", line)
+        finally:
+            if here and not created:
+                self._here.remove(name)
+        if created:  # the store decides: another process here may have been faster here, and has given way
+            self._mine[name] = line
+            if not here:
+                self._post_here(name, line)
+        return created
+
+    def _post_here(self, name: str, line: bytes) -> bool:
+        """False if a living process of this machine has posted it. What one left that was killed gives way."""
+        if self._here.post(name, line):
+            return True
         self._here.remove_abandoned(name)
-        self._here.post(name, line)
-        return True
+        return self._here.post(name, line)
 
     def beat(self, name: str) -> None:
         """As Board says."""

@@ -18,7 +18,7 @@ from evaluate.__main__ import app
 from evaluate.command import choose_metrics, run
 from evaluate.names import available
 from evaluate.runs import RunsIncomplete, find_runs, open_cache
-from train.run_folder import check_out
+from train.run_folder import check_out, without_seal
 
 
 @pytest.fixture
@@ -119,12 +119,14 @@ def leave_out(runs: Path, expected: dict[str, str], capsys: pytest.CaptureFixtur
 def test_unfinished_and_failed_runs_and_transcoders_are_left_out_aloud(runs, capsys):
     half, failed, transcoder, *_ = sorted(runs.glob("*/run.json"))
     facts = json.loads(half.read_text())
-    half.write_text(json.dumps({**facts, "status": "training"}))
+    half.write_text(json.dumps({**without_seal(facts), "status": "training"}))
     facts = json.loads(failed.read_text())
     failure = {"step": 312, "reason": "its loss is nan", "checkpoint": 300}
-    failed.write_text(json.dumps({**facts, "status": "failed", "failure": failure}))
+    failed.write_text(json.dumps({**without_seal(facts), "status": "failed", "failure": failure}))
     facts = json.loads(transcoder.read_text())
-    transcoder.write_text(json.dumps({**facts, "data": {**facts.get("data", {}), "target_hook": "layer_3"}}))
+    transcoder.write_text(
+        json.dumps({**without_seal(facts), "data": {**facts.get("data", {}), "target_hook": "layer_3"}})
+    )
     words = {half: "--resume", failed: "failed at step 312 (its loss is nan", transcoder: "a transcoder"}
     leave_out(runs, {file.parent.name: text for file, text in words.items()}, capsys)
 
@@ -160,7 +162,7 @@ def test_weights_that_are_cut_nan_or_of_another_width_leave_their_runs_out(runs,
         shutil.copy(wide / name, other / name)
     for folder in (bad, other):  # the checksums of run.json would tell before
         facts = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps({**facts, "files": {}}))
+        (folder / "run.json").write_text(json.dumps({**without_seal(facts), "files": {}}))
     words = {cut: "is damaged", bad: "its W_dec holds NaN or infinity", other: "it reads 8 dimensions"}
     leave_out(runs, {folder.name: text for folder, text in words.items()}, capsys)
 
@@ -201,7 +203,7 @@ def test_a_moved_cache_is_found_with_the_option_and_asked_for_without(runs, cach
     evaluate(runs, cache=Path(moved))
     one = sorted(runs.glob("*/run.json"))[0]
     facts = json.loads(one.read_text())
-    one.write_text(json.dumps({**facts, "cache": {**facts["cache"], "path": str(moved)}}))
+    one.write_text(json.dumps({**without_seal(facts), "cache": {**facts["cache"], "path": str(moved)}}))
     assert evaluate(runs)["left_out"] == {}  # one run knows where the cache of all is now
 
 
@@ -237,7 +239,7 @@ def test_a_run_whose_file_names_no_place_of_a_cache_is_left_out_and_the_others_a
     theirs = write_run(runs, small_cache(tmp_path / "gone", seed=5), small_sae(7), seed=7)
     facts = json.loads((theirs / "run.json").read_text())
     cache = {**facts["cache"], "path": place.format(tmp_path)}
-    (theirs / "run.json").write_text(json.dumps({**facts, "cache": cache}))
+    (theirs / "run.json").write_text(json.dumps({**without_seal(facts), "cache": cache}))
     leave_out(runs, {theirs.name: words}, capsys)
     assert "hush" not in (runs / "report.json").read_text()
     assert not (tmp_path / "made").exists()

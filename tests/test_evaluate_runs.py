@@ -13,6 +13,7 @@ from cache_spec import ActivationCache
 from evaluate.command import run
 from evaluate.runs import RunsIncomplete, find_runs
 from train.config import DataConfig, RunConfig
+from train.run_folder import without_seal
 from train.scale import recipe_label
 
 
@@ -54,7 +55,9 @@ def evaluate(folder: Path) -> dict:
 def test_a_number_that_is_none_leaves_its_run_out(runs, where, changes, words):
     file = next(runs.glob("*_masked*_seed1/run.json"))
     facts = json.loads(file.read_text())
-    file.write_text(json.dumps({**facts, **(changes if where is None else {where: {**facts[where], **changes}})}))
+    file.write_text(
+        json.dumps({**without_seal(facts), **(changes if where is None else {where: {**facts[where], **changes}})})
+    )
     complete, left_out = find_runs(runs)
     assert len(complete) == 3
     assert words in left_out[file.parent.name]
@@ -64,7 +67,7 @@ def test_a_number_that_is_none_leaves_its_run_out(runs, where, changes, words):
 def test_a_run_of_an_architecture_that_is_none_does_not_keep_the_others_from_being_measured(runs):
     copy = Path(shutil.copytree(next(runs.glob("*unmasked_seed0")), runs / "a_copy"))
     facts = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**facts, "config": {**facts["config"], "arch": "nosuch"}}))
+    (copy / "run.json").write_text(json.dumps({**without_seal(facts), "config": {**facts["config"], "arch": "nosuch"}}))
     with pytest.raises(RunsIncomplete, match=r"^1 of 5 SAEs are not in the report; a_copy: run.json says .*'nosuch'"):
         evaluate(runs)
     trained = [result for result in json.loads((runs / "report.json").read_text())["runs"] if result["path"]]
@@ -97,7 +100,7 @@ def test_runs_that_differ_in_another_setting_are_not_taken_for_seeds(runs):
         for lr in (0.001, 0.0003):
             other = shutil.copytree(file.parent, file.parent.with_name(f"{file.parent.name}_lr{lr}"))
             config = {**facts["config"], "lr": lr, "penalties": ["auxk=0.1"]}
-            (other / "run.json").write_text(json.dumps({**facts, "name": other.name, "config": config}))
+            (other / "run.json").write_text(json.dumps({**without_seal(facts), "name": other.name, "config": config}))
         shutil.rmtree(file.parent)
     report = evaluate(runs)
     trained = [r for r in report["recipes"] if r["kind"] == "trained"]
@@ -132,7 +135,7 @@ def test_whatever_differs_makes_another_recipe(runs, name):
             chosen["skip"] = name == "skip" and number % 2 == 0
             facts["recipe"] = recipe_label(RunConfig(**chosen), DataConfig(hook="layer_1", n_tokens=1))
         facts[part][name] = value
-        file.write_text(json.dumps(facts))
+        file.write_text(json.dumps(without_seal(facts)))
     found, _ = find_runs(runs)
     assert (
         len({run.recipe if name in ("masked_schedule", "consistency", "skip") else run.settings for run in found}) == 2
@@ -144,7 +147,7 @@ def test_a_schedule_that_follows_from_the_length_of_the_training_is_not_named(ru
     for number, file in enumerate(sorted(runs.glob("*/run.json"))):
         facts = json.loads(file.read_text())
         facts["config"]["warmup_steps"] = facts["data"]["n_tokens"] = number % 2
-        file.write_text(json.dumps(facts))
+        file.write_text(json.dumps(without_seal(facts)))
     assert {run.settings for run in find_runs(runs)[0]} == {"tokens 0", "tokens 1"}
 
 
@@ -153,7 +156,7 @@ def test_penalties_that_vary_and_positions_of_masked_runs_are_named(runs):
         facts = json.loads(file.read_text())
         facts["config"]["penalties"] = [f"l1=0.0{number}"]
         facts["data"]["positions"] = "drop_masked"
-        file.write_text(json.dumps(facts))
+        file.write_text(json.dumps(without_seal(facts)))
     found, _ = find_runs(runs)
     assert sorted(run.settings for run in found) == ["l1=0.00", "l1=0.01", "l1=0.02", "l1=0.03"]
     assert {run.recipe for run in found} == {"unmasked", "masked 0.5, drop_masked"}

@@ -22,7 +22,7 @@ from evaluate.saebench.prepare import DEFAULT_EVALS, prepare
 from evaluate.saebench.run_saebench import CORE, NAMES
 from evaluate.saebench.run_saebench import EVALS as SCRIPTED
 from train import DataConfig, MixedBatchLoader, train_sweep
-from train.run_folder import load_run
+from train.run_folder import load_run, without_seal
 
 WHEEL = os.environ.get("SAEBENCH_WHEEL", "")  # of `pip download --no-deps sae-bench==0.6.0`
 PYTHIA = "EleutherAI/pythia-160m-deduped"
@@ -47,7 +47,7 @@ def changed(run: Path, copy: Path, change) -> Path:
     tensors = load((copy / "sae_weights.safetensors").read_bytes())
     (copy / "sae_weights.safetensors").write_bytes(save({**tensors, "W_dec": change(tensors["W_dec"])}))
     facts = json.loads((copy / "run.json").read_text())  # whose checksums would refuse it
-    (copy / "run.json").write_text(json.dumps({**facts, "files": {}}))
+    (copy / "run.json").write_text(json.dumps({**without_seal(facts), "files": {}}))
     return copy
 
 
@@ -239,7 +239,7 @@ def test_our_names_of_saebench_are_its_own():
 def test_a_run_that_does_not_say_what_saebench_needs_is_refused(trained, tmp_path, changes, word):
     run = changed(trained / "batchtopk", tmp_path / "run", lambda W_dec: W_dec)
     facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**facts, **changes}))
+    (run / "run.json").write_text(json.dumps({**without_seal(facts), **changes}))
     with pytest.raises(UserError, match=word):
         prepare(run, tmp_path / "out", model_name=PYTHIA)
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,10 @@
 """Claims in an object store: one owner each, signs of life that others see, and a death that the machine knows of."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from fuzz_fixtures import bounded
 
@@ -9,6 +14,8 @@ from harvest.claim_board import HEAD_BYTES, FolderBoard
 from harvest.claims import Claims
 from harvest.share import Share
 from harvest.store_board import StoreBoard
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -79,6 +86,30 @@ def test_what_a_killed_process_left_here_gives_way_to_a_claim_of_its_name(store,
     mine.remove("000003.0")
     assert store.list(CLAIMS) == []
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_process_killed_while_it_claims_is_known_to_be_dead_at_once(store, tmp_path, moment):
+    """Whether the store has heard of the claim or not, and whatever comes after."""
+    program = (
+        "import os, signal\nfrom pathlib import Path\nfrom cache_spec.store import Store, open_store\n"
+        "from harvest.claim_board import FolderBoard\nfrom harvest.store_board import StoreBoard\n"
+        "create = Store.create\n"
+        "def killed(*claim):\n"
+        f"    if {moment == 'after'}: create(*claim)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Store.create = killed\n"
+        f"store, here = open_store('file://{tmp_path}/store'), FolderBoard(Path('{tmp_path}/here'))\n"
+        "StoreBoard(store, here).post('000000.0', b'{}\\n')"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    other = board(store, tmp_path / "here")
+    assert other.names() == ["000000.0"] * (moment == "after")
+    assert other.is_abandoned("000000.0")
+    name = f"000000.{int(moment == 'after')}"
+    assert other.post(name, b"{}\n")
+    assert not board(store, tmp_path / "here").is_abandoned(name)
+    other.remove(name)
 
 
 def test_the_store_decides_though_a_living_process_here_has_a_claim_of_that_name(store, tmp_path):

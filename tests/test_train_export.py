@@ -21,7 +21,7 @@ from train.exported import write_folder
 from train.foreign import read_folder
 from train.loader import MixedBatchLoader
 from train.names import available, find
-from train.run_folder import load_run
+from train.run_folder import load_run, without_seal
 from train.sae import SparseAutoencoder
 from train.stored import Stored
 from train.sweep import train_sweep
@@ -296,7 +296,7 @@ def test_a_command_that_cannot_be_done_is_one_sentence_and_writes_nothing(words,
 def test_an_unfinished_run_is_no_sae(runs, tmp_path):
     (tmp_path / "run").mkdir()
     facts = json.loads((runs / "topk" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "status": "training"}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**without_seal(facts), "status": "training"}))
     done = command(tmp_path / "run", "--to", "saelens", "--out", tmp_path / "out")
     assert "is not finished; run the same `python -m train` command with --resume" in str(done.exception)
 

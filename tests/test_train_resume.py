@@ -14,7 +14,7 @@ from cache_spec import CacheDamaged, DiskFull, UserError
 from train import finishing
 from train.config import RunConfig
 from train.loader import MixedBatchLoader
-from train.run_folder import COMPLETE
+from train.run_folder import COMPLETE, without_seal
 from train.step import TrainRun
 from train.sweep import Unfinished, train_sweep
 
@@ -106,7 +106,7 @@ def test_a_run_from_before_there_was_a_choice_of_precision_goes_on_in_fp32(loade
     file = tmp_path / "topk" / "run.json"
     facts = json.loads(file.read_text())
     del facts["config"]["precision"]
-    file.write_text(json.dumps(facts))
+    file.write_text(json.dumps(without_seal(facts)))
     with pytest.raises(UserError, match=r"precision \(fp32, now bf16\)"):
         train_sweep(loader, [run_config("topk", precision="bf16")], out=tmp_path, resume=True)
     assert train_sweep(loader, [run_config("topk")], out=tmp_path, resume=True)[0]["status"] == COMPLETE

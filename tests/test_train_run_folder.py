@@ -19,7 +19,7 @@ from train.held_out import held_out_rows, measure_held_out
 from train.kernels import select
 from train.loader import MixedBatchLoader
 from train.names import available
-from train.run_folder import hold, load_run
+from train.run_folder import hold, load_run, read_facts, write_facts
 from train.step import TrainRun
 from train.sweep import train_sweep
 
@@ -246,3 +246,32 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     process.communicate()
     with hold(folder):
         pass
+
+
+def test_no_flipped_bit_of_run_json_is_taken_for_what_was_written(tmp_path):
+    """Whether it makes another number, the same number in another spelling (.31 and .30), or another name."""
+    facts = {"name": "a", "status": "complete", "norm_factor": 0.31, "n_steps": 10, "more": {"lr": 1e-05, "k": None}}
+    write_facts(tmp_path, facts)
+    whole = (tmp_path / "run.json").read_bytes()
+    for i in range(8 * len(whole)):
+        spoiled = bytearray(whole)
+        spoiled[i // 8] ^= 1 << i % 8
+        (tmp_path / "run.json").write_bytes(spoiled)
+        try:
+            read = read_facts(tmp_path)
+        except UserError:
+            continue
+        assert read == facts, bytes(spoiled)
+
+
+def test_a_run_json_spelled_anew_is_read_and_compared(tmp_path):
+    facts = {"name": "a", "status": "complete", "norm_factor": 0.31}
+    write_facts(tmp_path, facts)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert read_facts(tmp_path) == facts
+    path.write_text(path.read_text().replace("0.31", "0.3"))
+    with pytest.raises(UserError, match="delete its line crc32c if the change is yours"):
+        read_facts(tmp_path)
+    path.write_text(json.dumps(facts))
+    assert read_facts(tmp_path) == facts
