@@ -270,7 +270,15 @@ def asked(folder: Path, n_layers: int, tokens: str, text: str = "text.txt") -> O
 
 def print_check(n_tokens: int, rounds: int, toy: bool) -> None:
     """All of it, as a table."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        _print_check(n_tokens, rounds, toy)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _print_check(n_tokens: int, rounds: int, toy: bool) -> None:
     sizes = TOY if toy else Sizes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 from hypothesis import settings
@@ -46,3 +47,12 @@ def heed_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads():
+    """A test that leaves torch with another number of threads changes how sums are rounded in those after it."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+    yield
+    if before:
+        assert sys.modules["torch"].get_num_threads() == before, "set the number of threads back"
