@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -18,7 +19,7 @@ from cache_spec.errors import DiskFull, UserError
 from cache_spec.untrusted import printable
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-_STDERR = 2
+_STDERR, _AGAIN_S = 2, 0.05
 _STOPPED = "stopped by Ctrl-C or a signal; what was finished is kept"
 _NO_ROOM = "make room or choose another folder, then run the command again"
 _NO_RIGHT = "choose another folder, or one that may be written, then run the command again"
@@ -103,16 +104,31 @@ def heed(*numbers: signal.Signals) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt; while torch is being imported, ends the process, with the same sentence and exit code.
+    """Raises KeyboardInterrupt, but not while something is being imported: then the signal comes again a moment later.
 
-    Some of what torch sets up runs Python from C++ that no exception may leave, and the process would abort. Nothing
-    of a command is open at that moment: importing torch is the first thing that each does.
+    Some libraries run Python from C++ that no exception may leave while they are set up, and the process would abort.
+    torch takes seconds. Nothing of a command is open before it is there, so until then the process ends at once, with
+    the same sentence and exit code.
     """
     if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
         with suppress(OSError):  # a stderr that is gone
             os.write(_STDERR, f"error: {_STOPPED}\n".encode())
         os._exit(INTERRUPTED)
+    if _imports(frame):
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether an import is under way in what the frame is called by."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Printable(logging.Formatter):
