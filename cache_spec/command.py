@@ -54,8 +54,8 @@ def run_command(app: Callable[[], Any]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[lines])
     # Interrupted while it is imported, torch would add the statistics of its caches to our one sentence.
     logging.getLogger("torch").setLevel(logging.WARNING)
-    heed(signal.SIGINT, signal.SIGTERM)
     try:
+        heed(signal.SIGINT, signal.SIGTERM)
         app()
     except UserError as error:
         _stop(str(error), error.exit_code)

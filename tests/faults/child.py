@@ -112,13 +112,22 @@ def _run(words: Sequence[str]) -> int:
     sys.argv = [f"python -m {words[0]}", *words[1:]]
     try:
         app = app_for(sys.argv, module.app, getattr(module, "OTHERS", {}))
-        run_command(lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS), app()))
+        run_command(lambda: _heeding(app))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - as Python itself would end
         traceback.print_exc()
         return 1
     return 0
+
+
+def _heeding(app: Callable[[], object]) -> None:
+    """Signals come while the command runs; the next one may follow in the same process, as it never does in truth."""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        app()
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def run(
