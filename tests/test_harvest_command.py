@@ -262,7 +262,6 @@ def test_a_signal_never_raises_inside_of_what_is_imported(module, inside, number
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 130, ended.stderr
     assert ended.stderr == "error: stopped by Ctrl-C or a signal; what was finished is kept\n"
-    assert ended.stdout == ("" if module == "torch" else "imported\n")  # which takes too long to wait for
 
 
 def test_a_wrong_option_is_refused_before_torch_is_imported():

@@ -308,3 +308,15 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(OSError):
         write_folder(tmp_path / "out", {"a": b"1", "b" * 300: b"2"})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_export_that_another_process_finished_first_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    def overtaken(self, target, replace=Path.replace):
+        target.mkdir()
+        (target / "theirs").touch()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", overtaken)
+    with pytest.raises(UserError, match="is there already"):
+        write_folder(tmp_path / "made", {"a": b"x"})
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"] == ["theirs"]

@@ -1,5 +1,6 @@
 """What a format makes of an SAE, and the folder it is written to: whole or not there."""
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,5 +32,11 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     with disk_full_as_error(folder.parent, sum(map(len, files.values()))), partial_folder(folder) as partial:
         for name, data in files.items():
             write_file(partial / name, data)
-        partial.replace(folder)
+        try:
+            partial.replace(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # another process was faster
+            raise UserError(f"{folder} is there already; name a new or empty folder with --out") from None
         sync_folder(folder.parent)
