@@ -123,8 +123,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether an import is under way in what the frame is called by."""
-    while frame is not None:
+    """Whether an import is under way in what the command is at; the command itself may be run by one."""
+    while frame is not None and frame.f_code is not run_command.__code__:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True
         frame = frame.f_back

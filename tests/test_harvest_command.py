@@ -264,6 +264,15 @@ def test_a_signal_never_raises_inside_of_what_is_imported(module, inside, number
     assert ended.stderr == "error: stopped by Ctrl-C or a signal; what was finished is kept\n"
 
 
+def test_a_command_that_is_run_by_an_import_heeds_signals_too(tmp_path):
+    lines = ("import os, signal, time", "from cache_spec.command import run_command", "def command():")
+    lines += ("    os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)", "run_command(command)")
+    (tmp_path / "imported.py").write_text("\n".join(lines))
+    program = f"import sys; sys.path.insert(0, '{tmp_path}'); import imported"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, timeout=30)
+    assert ended.returncode == 130, ended.stderr
+
+
 def test_a_wrong_option_is_refused_before_torch_is_imported():
     program = "import sys\nfrom harvest.__main__ import app\napp(standalone_mode=False)"
     wrong = [("--mask-prob", "2"), ("--layers", "middle"), ("--tokens", "none"), ("--shard", "1/1")]
